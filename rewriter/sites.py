@@ -1,0 +1,67 @@
+"""Sites: the places where a graph computes attention, described without a graph node in sight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rewriter.spec import SoftmaxSpec
+
+__all__ = ["Kind", "Site"]
+
+Kind = Literal["attention", "channel", "gate", "pointer", "sampling", "unknown"]
+"""What a softmax is for. Only `attention` is ever rewritten."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a graph computes a softmax, and what was understood of it."""
+
+    path: str
+    """The module that computes it, `"model.layers.3.self_attn"`; `""` if the graph does not say."""
+    layer: int | None
+    """The first number in the path."""
+    ordinal: int = 0
+    """Position among the sites of the same path in one graph."""
+    kind: Kind = "attention"
+    spec: SoftmaxSpec | None = None
+    """What it computes; None if it was not understood."""
+    heads: int = 0
+    """Query heads; 0 if unknown."""
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
+    is_cross: bool = False
+    """Keys come from another sequence than queries."""
+    origins: tuple[tuple[str, str], ...] = ()
+    """Where each tensor that the formulas read comes from: `("slopes", "buffer
+    decoder.slopes")`."""
+    reason: str = ""
+    """Why the site has no spec."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know, such as a mask that could not be read as logic."""
+
+    @property
+    def name(self) -> str:
+        """The path, with `#1` for the second site of that path."""
+        return f"{self.path or '(no module)'}{f'#{self.ordinal}' if self.ordinal else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "path": self.path,
+            "layer": self.layer,
+            "ordinal": self.ordinal,
+            "kind": self.kind,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "is_cross": self.is_cross,
+            "formula": str(self.spec) if self.spec is not None else None,
+            "spec": self.spec.to_dict() if self.spec is not None else None,
+            "origins": dict(self.origins),
+            "opaque_reads": len(self.spec.opaque_reads()) if self.spec is not None else 0,
+            "reason": self.reason,
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,220 @@
+"""What an attention computes, as a value: frozen, hashable, printable as a formula, JSON.
+
+A spec knows nothing of shapes, devices or models. Shapes are those of the tensors it is applied to:
+q `[B, Hq, L, D]`, k `[B, Hkv, M, D]`, v `[B, Hkv, M, Dv]`, where `Hq` is a multiple of `Hkv` and
+query head h reads key head `h // (Hq / Hkv)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Literal, cast
+
+import sympy
+from sympy import Expr, Integer, Symbol
+from sympy.logic.boolalg import Boolean, BooleanTrue
+
+from rewriter import symbols as sym
+from rewriter.errors import SpecError
+from rewriter.symbols import Formula, Read, decode, encode, formula_text
+
+__all__ = ["MASKED", "Masked", "SoftmaxSpec", "TensorArg"]
+
+Masked = Literal["zero", "mean", "add", "nan"]
+MASKED: tuple[Masked, ...] = ("zero", "mean", "add", "nan")
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """A tensor that the formulas read, by name; handed over in the order of
+    `SoftmaxSpec.tensors`."""
+
+    name: str
+    dtype: str
+    """`"bool"`, `"int64"`, `"float32"`, ...: the name of a torch dtype."""
+    rank: int
+
+
+@dataclass(frozen=True)
+class SoftmaxSpec:
+    """Softmax attention: `heads · dropout(softmax over k of score, where mask holds) @ v`.
+
+    The stages, in the order in which they apply:
+    `s = scale · (q_row · k_row)`; `score` in s, indices and reads; keys where `mask` is false are
+    not seen; a learned `sink` adds `exp(sink)` to the denominator; dropout; the product with v; the
+    output times `heads`.
+    """
+
+    scale: Expr = Integer(1)
+    """Multiplies the product of q and k: a number, or an expression in h and reads."""
+    score: Expr = sym.s
+    mask: Boolean = sympy.true
+    masked: Masked = "zero"
+    """What a query row that sees no key gives, which depends on how the model hides keys:
+    `"zero"`: 0 (boolean mask of `scaled_dot_product_attention`, or a sink);
+    `"mean"`: the mean of v over all M keys (scores filled with the most negative finite number);
+    `"add"`: the same mean, with a gradient to the scores (that number added to the scores);
+    `"nan"`: NaN (scores of minus infinity)."""
+    sink: Expr | None = None
+    """A logit without a key, in b, h, q and reads; neither scaled nor masked."""
+    dropout: float = 0.0
+    """Probability that a weight is dropped; the others are divided by `1 - dropout`."""
+    heads: Expr = Integer(1)
+    """Multiplies the output, in b, h, q and reads."""
+    tensors: tuple[TensorArg, ...] = ()
+    sizes: tuple[str, ...] = ()
+    """Names of integers besides B, H, L, M that the formulas use, in the order in which they are
+    handed over."""
+    _text: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.masked not in MASKED:
+            raise SpecError(f"masked is {self.masked!r}; it is one of {', '.join(MASKED)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise SpecError(f"dropout is {self.dropout}; it lies in [0, 1)")
+        known = {t.name for t in self.tensors}
+        unknown = {r.tensor for f in self.formulas for r in sym.reads(f)} - known
+        if unknown:
+            raise SpecError(
+                f"the formulas read {', '.join(sorted(unknown))}, which `tensors` does not list"
+            )
+
+    @property
+    def formulas(self) -> tuple[Formula, ...]:
+        """Every formula of the spec."""
+        sink = () if self.sink is None else (self.sink,)
+        return (self.scale, self.score, self.mask, *sink, self.heads)
+
+    @property
+    def is_plain_score(self) -> bool:
+        """The score is the scaled product itself."""
+        return bool(self.score == sym.s)
+
+    @property
+    def is_unmasked(self) -> bool:
+        return isinstance(self.mask, BooleanTrue)
+
+    @property
+    def bias(self) -> Expr | None:
+        """What is added to s, where the score is s plus something that does not depend on s; else
+        None."""
+        rest = self.score - sym.s
+        return None if rest.has(sym.s) else rest
+
+    def tensor(self, name: str) -> TensorArg:
+        """The tensor of that name."""
+        return next(t for t in self.tensors if t.name == name)
+
+    def without_unused(self) -> SoftmaxSpec:
+        """The same spec without tensors and sizes that no formula uses any more."""
+        from dataclasses import replace
+
+        read = {r.tensor for f in self.formulas for r in sym.reads(f)}
+        used = {str(x) for f in self.formulas for x in f.free_symbols}
+        return replace(
+            self,
+            tensors=tuple(t for t in self.tensors if t.name in read),
+            sizes=tuple(n for n in self.sizes if n in used),
+        )
+
+    def opaque_reads(self) -> tuple[Read, ...]:
+        """Reads that keep an L x M tensor alive: one dimension of the tensor is q itself and
+        another is k itself."""
+        found = {
+            r for f in self.formulas for r in sym.reads(f) if sym.q in r.index and sym.k in r.index
+        }
+        return tuple(sorted(found, key=str))
+
+    def __str__(self) -> str:
+        truths = [t.name for t in self.tensors if t.dtype == "bool"]
+        text = formula_text(self.score, truths)
+        if not self.is_unmasked:
+            text += f" | {formula_text(self.mask, truths)}"
+        if self.sink is not None:
+            text += f" ; sink {formula_text(self.sink, truths)}"
+        text = f"softmax( {text} )"
+        if self.dropout:
+            text = f"dropout({self.dropout:g}, {text})"
+        text += " · v"
+        if self.heads != 1:
+            text = f"{formula_text(self.heads, truths)} · {text}"
+        if self.scale != 1:
+            text += f", s = {formula_text(self.scale * Symbol('q·k'), truths)}"
+        return text
+
+    # --- JSON -------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` is the inverse."""
+        return {
+            "family": "softmax",
+            "version": VERSION,
+            "scale": encode(self.scale),
+            "score": encode(self.score),
+            "mask": encode(self.mask),
+            "masked": self.masked,
+            "sink": None if self.sink is None else encode(self.sink),
+            "dropout": self.dropout,
+            "heads": encode(self.heads),
+            "tensors": [[t.name, t.dtype, t.rank] for t in self.tensors],
+            "sizes": list(self.sizes),
+        }
+
+    @cached_property
+    def _json(self) -> str:
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+    def to_json(self) -> str:
+        """One line of JSON, equal for equal specs."""
+        return self._json
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self._json.encode()).hexdigest()[:16]
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that name this spec: the key of kernels and the mark in saved
+        plans."""
+        return self._digest
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> SoftmaxSpec:
+        """The spec that `to_dict` wrote.
+
+        Raises:
+            SpecError: if the data is of another family or version, or not a spec.
+        """
+        try:
+            if data["family"] != "softmax" or data["version"] != VERSION:
+                got = f"{data['family']} {data['version']}"
+                raise SpecError(f"a softmax spec of version {VERSION} was expected, got {got}")
+            return SoftmaxSpec(
+                scale=cast(Expr, decode(data["scale"])),
+                score=cast(Expr, decode(data["score"])),
+                mask=cast(Boolean, decode(data["mask"])),
+                masked=data["masked"],
+                sink=None if data["sink"] is None else cast(Expr, decode(data["sink"])),
+                dropout=float(data["dropout"]),
+                heads=cast(Expr, decode(data["heads"])),
+                tensors=tuple(TensorArg(str(n), str(d), int(r)) for n, d, r in data["tensors"]),
+                sizes=tuple(str(n) for n in data["sizes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SpecError(f"not a softmax spec: {error}") from error
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def from_json(text: str) -> SoftmaxSpec:
+        """The spec that `to_json` wrote; parsed once a text."""
+        return SoftmaxSpec.from_dict(json.loads(text))
+
+
+def index_symbols(formula: Formula) -> set[Symbol]:
+    """The symbols of the formula that are not names of tensors: b, h, q, k, s and sizes."""
+    names = {r.args[0] for r in sym.reads(formula)}
+    return {x for x in formula.free_symbols if x not in names}
