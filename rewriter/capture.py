@@ -1,0 +1,446 @@
+"""Capture: from a model, or from the graph that Dynamo hands to a backend, to one dialect,
+pre-dispatch ATen.
+
+Pre-dispatch ATen is still differentiable and dynamic in shape, and composite operations such as
+`aten.scaled_dot_product_attention` are intact. Both doors lead here: `retrace` for graphs of
+`torch.compile`, and `export` for whole models through `torch.export`.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from sympy import Symbol
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+
+from rewriter.errors import CaptureError
+from rewriter.find import clean_path, module_path
+from rewriter.indices import as_size
+from rewriter.reading import op_name, value_of
+
+__all__ = ["Captured", "capturing", "export", "from_dynamo", "from_exported"]
+
+VIEWS = frozenset(
+    f"aten.{x}"
+    for x in [
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "t",
+        "expand",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "select",
+        "unbind",
+        "split",
+        "chunk",
+        "alias",
+        "detach",
+        "narrow",
+        "view_as",
+        "expand_as",
+        "flatten",
+        "unflatten",
+        "mT",
+        "as_strided",
+        "diagonal",
+    ]
+)
+
+SAME_VALUE = frozenset(f"aten.{x}" for x in ["lift_fresh_copy", "lift_fresh", "detach", "detach_"])
+MAYBE_VIEWS = frozenset(
+    f"aten.{x}"
+    for x in ["to", "contiguous", "reshape", "dropout", "type_as", "view_as", "reshape_as"]
+)
+
+
+@dataclass
+class Captured:
+    """A graph in the dialect, with what is known of its inputs."""
+
+    module: fx.GraphModule
+    inputs: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
+    """The short name of each input and where it comes from, in words."""
+    prefix: str = ""
+    """The path of the module that the graph's own paths start from."""
+    is_root: bool = True
+    """The graph starts at the model itself. One that starts at a part of it, after a graph break,
+    may serve several such parts, and its paths are those of the first."""
+    constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    """Inputs whose value never changes."""
+    notes: list[str] = field(default_factory=list)
+    """What went less well than the report of each site says."""
+    written: frozenset[fx.Node] = frozenset()
+    """Tensors whose memory an operation of the graph still writes to: their value is not a
+    formula."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The mode of the fake tensors that the nodes carry."""
+        values = (value_of(n) for n in self.graph.nodes)
+        return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The value of a tensor that the graph itself holds."""
+        if node.op == "call_function" and op_name(node) in SAME_VALUE:
+            return self.constant(cast(fx.Node, node.args[0]))
+        if node.op != "get_attr":
+            return self.constants.get(node)
+        value: Any = self.module
+        for part in cast(str, node.target).split("."):
+            value = getattr(value, part)
+        plain = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter | FakeTensor)
+        return value if plain else None
+
+    def origin(self, node: fx.Node) -> tuple[str, str]:
+        """A short name for a tensor, and where it comes from in words."""
+        if node in self.inputs:
+            return self.inputs[node]
+        if node.op == "get_attr":
+            return str(node.target).rpartition(".")[2].strip(
+                "_"
+            ) or "constant", f"constant {node.target}"
+        name = op_name(node).removeprefix("aten.").strip("_") or node.name
+        path = self.path(node)
+        return name, f"{op_name(node) or node.name}{f' in {path}' if path else ''}"
+
+    def path(self, node: fx.Node) -> str:
+        """The module that computes the node, from the root of the model."""
+        path = module_path(node)
+        return ".".join(x for x in ("" if self.is_root else self.prefix, path) if x)
+
+    def overwritten(self, node: fx.Node, end: fx.Node) -> bool:
+        """The tensor is written to after it was first read on the way to `end`, and before
+        `end`."""
+        if node not in self.written:
+            return False
+        memory = _same_memory(node)
+        above, open_nodes = {end}, [end]
+        while open_nodes:
+            new = [x for x in open_nodes.pop().all_input_nodes if x not in above]
+            above.update(new)
+            open_nodes.extend(new)
+        readers = {u for x in memory for u in x.users} & above
+        first = min((u for u in readers if not _is_view(u) and u >= node), default=end)
+        return any(first <= w < end and memory & set(_targets(w)) for w in self.graph.nodes)
+
+    def shape_sources(self) -> dict[Symbol, tuple[int, int | None]]:
+        """For each shape symbol, the position of an input that gives it: an integer input, or a
+        dimension of a tensor."""
+        found: dict[Symbol, tuple[int, int | None]] = {}
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        for position, node in enumerate(inputs):
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and isinstance(as_size(value), Symbol):
+                found.setdefault(cast(Symbol, as_size(value)), (position, None))
+        for position, node in enumerate(inputs):
+            if isinstance(value_of(node), torch.Tensor):
+                for dim, size in enumerate(value_of(node).shape):
+                    if isinstance(as_size(size), Symbol):
+                        found.setdefault(cast(Symbol, as_size(size)), (position, dim))
+        return found
+
+
+@contextmanager
+def capturing(recompiles: int = 256) -> Iterator[None]:
+    """Dynamo's settings while one of our models is called; the process's own settings are back
+    afterwards.
+
+    `specialize_float` keeps float attributes such as a scale as numbers, which re-tracing needs.
+    The limit on recompilation is raised because Dynamo counts it per class of module, and falls
+    back to eager silently beyond it.
+    """
+    with torch._dynamo.config.patch(
+        specialize_float=True,
+        recompile_limit=max(recompiles, torch._dynamo.config.recompile_limit),
+        accumulated_recompile_limit=max(
+            4 * recompiles, torch._dynamo.config.accumulated_recompile_limit
+        ),
+    ):
+        yield
+
+
+def from_dynamo(
+    gm: fx.GraphModule, names: Mapping[int, str], arguments: Sequence[str] = ()
+) -> Captured:
+    """The graph that Dynamo gave to a backend, in pre-dispatch ATen.
+
+    Args:
+        gm: a graph of torch functions, whose inputs carry fake tensors.
+        names: the path of each parameter and buffer of the model, by `id`.
+        arguments: the names of the positional arguments of the model's forward.
+
+    Raises:
+        CaptureError: if torch cannot trace it; the message carries torch's reason.
+    """
+    given = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta["example_value"] for n in given]
+    mode = next((x.fake_mode for x in fakes if isinstance(x, FakeTensor)), None)
+    if mode is None:
+        raise CaptureError("a graph without tensor inputs has no fake tensors to trace with")
+    try:
+        with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher():
+            run = _Tracing(gm).run
+            module = make_fx(run, tracing_mode="fake", pre_dispatch=True)(*fakes)
+    except Exception as error:
+        raise CaptureError(
+            f"torch could not re-trace a graph of the model: {first_line(error)}"
+        ) from error
+    captured = Captured(module, is_root=False)
+    for node, source in zip(
+        (n for n in module.graph.nodes if n.op == "placeholder"), given, strict=True
+    ):
+        captured.inputs[node] = _described(source, names, arguments, captured)
+    normalize(module)
+    captured.written = written_nodes(module.graph)
+    return captured
+
+
+class _Tracing(torch.fx.Interpreter):
+    """Runs a graph while it is traced, and keeps autograd functions of the model as one node.
+
+    Tracing through such a function would record its forward alone, and lose its own backward.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(target, "__name__", "") != "autograd_function_apply":
+            return super().call_function(target, args, kwargs)
+        bodies = [a for a in args if not isinstance(a, torch.Tensor)]
+        assert all(x is y for x, y in zip(bodies, args, strict=False)), "the bodies come first"
+
+        def autograd_function(*inputs: Any) -> Any:
+            return target(*bodies, *inputs, **kwargs)
+
+        inputs = args[len(bodies) :]
+        mode = cast(Any, get_proxy_mode())
+        with disable_proxy_modes_tracing():
+            out = autograd_function(*inputs)
+        proxies = [mode.tracer.unwrap_proxy(x) for x in inputs]
+        node = mode.tracer.create_proxy("call_function", autograd_function, tuple(proxies), {})
+        return track_tensor_tree(out, node, constant=None, tracer=mode.tracer)
+
+
+def _described(
+    node: fx.Node, names: Mapping[int, str], arguments: Sequence[str], captured: Captured
+) -> tuple[str, str]:
+    """Name and origin of an input of a Dynamo graph; learns the prefix of the graph's paths on the
+    way."""
+    arg = node.meta.get("grapharg")
+    text = _source_text(arg)
+    local = clean_path(text)
+    example = getattr(arg, "example", None) if arg is not None else None
+    full = names.get(id(example)) if isinstance(example, torch.Tensor) else None
+    if full is not None:
+        if text.startswith("L['self']") and full == local:
+            captured.is_root = True
+        elif text.startswith("L['") and full.endswith(f".{local}"):
+            captured.prefix = full[: -len(local)].strip(".")
+        kind = "parameter" if isinstance(example, nn.Parameter) else "buffer"
+        return full.rpartition(".")[2], f"{kind} {full}"
+    position = re.match(r"L\['args'\]\[(\d+)\]$", text)
+    if position is not None and int(position[1]) < len(arguments):
+        name = arguments[int(position[1])]
+        return name, f"input {name}"
+    name = text.replace("L['kwargs']", "L").rpartition("['")[2].partition("'")[0] or node.name
+    if not name.isidentifier():
+        name = node.name.strip("_").removeprefix("l_")
+    return name, f"input {name}"
+
+
+def _source_text(arg: Any) -> str:
+    source = getattr(arg, "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def export(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> torch.export.ExportedProgram:
+    """The whole model as one graph, ahead of time.
+
+    Raises:
+        CaptureError: if torch cannot export it; the message carries torch's reason and what to try.
+    """
+    try:
+        with warnings.catch_warnings(), uncompiled(model):
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not capture {type(model).__name__}: {first_line(error)}. "
+            "Try inputs of another shape, or the lazy door, rewriter.optimize(model)."
+        ) from error
+
+
+def from_exported(program: torch.export.ExportedProgram) -> Captured:
+    """The graph of an exported program, with its inputs named."""
+    captured = Captured(program.graph_module)
+    signature = program.graph_signature
+    for node in captured.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        for kind, table in (
+            ("parameter", signature.inputs_to_parameters),
+            ("buffer", signature.inputs_to_buffers),
+        ):
+            if node.name in table:
+                captured.inputs[node] = (
+                    table[node.name].rpartition(".")[2],
+                    f"{kind} {table[node.name]}",
+                )
+        name = signature.inputs_to_lifted_tensor_constants.get(node.name)
+        if name is not None and isinstance(program.constants[name], torch.Tensor):
+            captured.constants[node] = program.constants[name]
+        captured.inputs.setdefault(node, (node.name, f"input {node.name}"))
+    normalize(captured.module)
+    captured.written = written_nodes(captured.graph)
+    return captured
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """The model as it is without a compiled call, of its own or of a part."""
+    saved = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in saved:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in saved.items():
+            module._compiled_call_impl = call
+
+
+def first_line(error: BaseException) -> str:
+    """torch's reason without its advice and traces."""
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+# --- one spelling for what is written in place ----------------------------------------------------
+
+
+def normalize(module: fx.GraphModule) -> None:
+    """Drops dead nodes and makes in-place arithmetic on fresh tensors out of place, so that a graph
+    reads as values."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if op_name(node) == "aten._assert_tensor_metadata":  # would keep what it looks at alive
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        plain = _out_of_place(node)
+        if plain is not None and _owns_its_memory(node):
+            target = cast(fx.Node, node.args[0])
+            later = [u for u in target.users if u is not node and _after(u, node)]
+            node.target = plain
+            for user in later:
+                user.replace_input_with(target, node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+
+def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Every node that shares memory with a tensor that some operation writes to."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        for target in _targets(node):
+            written |= _same_memory(target)
+    return frozenset(written)
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """The tensors to whose memory the node writes."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if op_name(node) == "aten.detach_":  # writes no element
+        return []
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    writes = [v for a, v in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [v for v in writes if isinstance(v, fx.Node)]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """The node is its first argument under another name, or may be."""
+    looks = op_name(node) in VIEWS | MAYBE_VIEWS or node.target is operator.getitem
+    return looks or node.args[:1] == tuple(_targets(node)[:1]) != ()
+
+
+def _same_memory(node: fx.Node) -> set[fx.Node]:
+    """The tensor that a view looks at, and every view of it."""
+    while _is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    found, open_nodes = {node}, [node]
+    while open_nodes:
+        name = open_nodes.pop()
+        for user in name.users:
+            if user not in found and _is_view(user) and user.args[0] is name:
+                found.add(user)
+                open_nodes.append(user)
+    return found
+
+
+def _out_of_place(node: fx.Node) -> Any:
+    """The plain overload of an in-place operation."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = node.target._schema.name.partition("::")
+    if namespace != "aten" or not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if packet is None or not node.target._schema.is_mutable:
+        return None
+    return getattr(packet, node.target._overloadname, None)
+
+
+def _owns_its_memory(node: fx.Node) -> bool:
+    """What is written is a fresh tensor, of the written shape and dtype, that nothing else looks at
+    under another name."""
+    target = node.args[0]
+    if not isinstance(target, fx.Node) or target.op != "call_function" or op_name(target) in VIEWS:
+        return False
+    if not isinstance(target.target, torch._ops.OpOverload) or target.target._schema.is_mutable:
+        return False
+    before, after = value_of(target), value_of(node)
+    if (
+        not isinstance(before, torch.Tensor)
+        or before.dtype != after.dtype
+        or before.shape != after.shape
+    ):
+        return False
+    if any(r.alias_info is not None for r in target.target._schema.returns):
+        return False
+    if op_name(target) in MAYBE_VIEWS:
+        return False
+    looked_at = [u for u in target.users if u is not node and not _after(u, node)]
+    return not any(_is_view(u) and u.args[0] is target for u in looked_at)
+
+
+def _after(a: fx.Node, b: fx.Node) -> bool:
+    return a > b
