@@ -1,0 +1,172 @@
+"""Putting one op node in the place of a region: the operands in their layout, the op, and the
+result in the region's."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from sympy import Expr, Symbol
+from torch import fx
+
+from rewriter.capture import Captured
+from rewriter.frame import Lifted
+from rewriter.indices import as_size
+from rewriter.reading import op_name, value_of
+from rewriter.spec import SoftmaxSpec
+from rewriter.symbols import IDiv
+
+__all__ = ["insert"]
+
+aten = torch.ops.aten
+
+REPLACED = "rewriter_replaced_by"
+
+LAYOUT = (
+    "aten.transpose",
+    "aten.permute",
+    "aten.view",
+    "aten.reshape",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten.slice",
+)
+
+
+def insert(captured: Captured, lifted: Lifted, spec: SoftmaxSpec, target: str) -> fx.Node:
+    """Replaces the site's region by a `rewriter::attention` node that computes `spec`; returns that
+    node.
+
+    The nodes of the region are left to dead-code elimination, so that what is used elsewhere stays.
+    """
+    graph = captured.graph
+    replaced = lifted.found.product if lifted.found.product is not None else lifted.found.anchor
+    maker = _Maker(captured, replaced)
+    with graph.inserting_before(replaced):
+        q, k, v = (maker.operand(x) for x in (lifted.q, lifted.k, lifted.v))
+        used = {t.name for t in spec.tensors}
+        lifted_spec = cast(SoftmaxSpec, lifted.site.spec)
+        nodes = dict(zip((t.name for t in lifted_spec.tensors), lifted.tensors, strict=True))
+        sizes = dict(zip(lifted_spec.sizes, lifted.sizes, strict=True))
+        tensors = [_current(nodes[t.name]) for t in spec.tensors]
+        assert used <= nodes.keys()
+        node = maker.call(
+            torch.ops.rewriter.attention.default,
+            (q, k, v, tensors, [maker.size(sizes[n]) for n in spec.sizes], spec.to_json(), target),
+        )
+        out = maker.shaped(node, lifted)
+    out.meta |= {k: v for k, v in replaced.meta.items() if k != "val"}
+    replaced.replace_all_uses_with(out)
+    replaced.meta[REPLACED] = out
+    _views_to_reshapes(out)
+    return node
+
+
+def _current(node: fx.Node) -> fx.Node:
+    """What stands in the place of the node, which another site may have replaced by now."""
+    while REPLACED in node.meta:
+        node = node.meta[REPLACED]
+    return node
+
+
+class _Maker:
+    """Adds nodes to the graph and gives them the fake values that later readers need."""
+
+    def __init__(self, captured: Captured, like: fx.Node) -> None:
+        self.captured = captured
+        self.graph = captured.graph
+        self.mode = captured.fake_mode
+        self.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        self.like = like
+
+    def call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta |= self.meta
+        values = fx.map_arg(args, lambda n: n.meta["val"])
+        if self.mode is not None:
+            with self.mode, torch.no_grad():
+                node.meta["val"] = target(*values)
+        return node
+
+    def operand(self, operand: Any) -> fx.Node:
+        node = _current(operand.node)
+        for target, args in operand.steps:
+            node = self.call(
+                target, (node, *(self.numbers(a) if isinstance(a, list) else a for a in args))
+            )
+        return node
+
+    def numbers(self, sizes: Sequence[Any]) -> list[Any]:
+        """Sizes as numbers, and as nodes where they are known only when the graph runs."""
+        return [self.number(n) if isinstance(n, Expr) else n for n in sizes]
+
+    def number(self, size: Expr) -> Any:
+        """A size as a number, or as a node that computes it."""
+        if size.is_Integer:
+            return int(size)
+        if isinstance(size, Symbol):
+            return self.size(size)
+        function = {sympy.Add: operator.add, sympy.Mul: operator.mul, IDiv: operator.floordiv}.get(
+            size.func
+        )
+        if function is None:
+            raise LookupError(f"no input of the graph has the size {size}")
+        result, *rest = (self.number(a) for a in size.args)
+        for other in rest:
+            result = (
+                self.call(function, (result, other))
+                if isinstance(result, fx.Node) or isinstance(other, fx.Node)
+                else function(result, other)
+            )
+        return result
+
+    def size(self, symbol: Symbol) -> Any:
+        """A node with the value of a shape symbol."""
+        for node in self.graph.nodes:
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and as_size(value) == symbol and node < self.like:
+                return node
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and isinstance(value_of(node), torch.Tensor):
+                for dim, size in enumerate(value_of(node).shape):
+                    if as_size(size) == symbol:
+                        return self.call(aten.sym_size.int, (node, dim))
+        raise LookupError(f"no input of the graph has the size {symbol}")
+
+    def unflattened(self, sizes: Sequence[Expr]) -> list[Any]:
+        """Sizes for an unflatten: the first one that is not a number follows from the others."""
+        unknown = next((n for n in sizes if not n.is_Integer), None)
+        first = sizes.index(unknown) if unknown is not None else -1
+        return [-1 if i == first else self.number(n) for i, n in enumerate(sizes)]
+
+    def shaped(self, node: fx.Node, lifted: Lifted) -> fx.Node:
+        """The result `[B, H, L, Dv]` in the dimensions, order and dtype of the node that is
+        replaced."""
+        lead = lifted.lead
+        if len(lead) == 0:
+            node = self.call(aten.squeeze.dim, (self.call(aten.squeeze.dim, (node, 0)), 0))
+        elif len(lead) == 1:
+            node = self.call(aten.flatten.using_ints, (node, 0, 1))
+        elif len(lead) > 2:
+            node = self.call(aten.unflatten.int, (node, 0, self.unflattened(lead[:-1])))
+        if lifted.out_order != tuple(range(len(lifted.out_order))):
+            node = self.call(aten.permute.default, (node, list(lifted.out_order)))
+        wanted = value_of(self.like).dtype
+        if value_of(node) is not None and value_of(node).dtype != wanted:
+            node = self.call(aten.to.dtype, (node, wanted))
+        return node
+
+
+def _views_to_reshapes(node: fx.Node) -> None:
+    """The op's result is contiguous; what it replaces may not have been, and a view relies on
+    strides."""
+    open_nodes = [node]
+    while open_nodes:
+        for user in open_nodes.pop().users:
+            if op_name(user) in LAYOUT:
+                if user.target is aten.view.default:
+                    user.target = aten.reshape.default
+                open_nodes.append(user)

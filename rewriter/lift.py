@@ -1,0 +1,56 @@
+"""Lifting: from a softmax that was found to the spec of what it computes, and to the tensors that
+it computes it from.
+
+The region is read top down from the score with `Reader`; the product of queries and keys is the
+symbol `s`. What hides keys is taken out of the score and becomes the mask; what remains is the
+score stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from rewriter.find import SDPA, Found, layer_of
+from rewriter.frame import GraphFacts, Lifted
+from rewriter.lift_sdpa import lift_sdpa
+from rewriter.lift_softmax import lift_softmax
+from rewriter.operands import Unreadable
+from rewriter.reading import op_name
+from rewriter.sites import Site
+
+__all__ = ["lift"]
+
+
+def lift(found: Found, facts: GraphFacts, opaque: bool = False) -> Lifted:
+    """The site that an anchor stands for. Never raises for what it does not understand: the site
+    says the reason.
+
+    Args:
+        opaque: read nothing of what meets the score but the tensors themselves (used when a formula
+            failed its check).
+    """
+    anchor = found.product if found.product is not None else found.anchor
+    path = facts.path(anchor)
+    site = Site(path=path, layer=layer_of(path), kind=found.kind, reason=found.reason)
+    if found.reason:
+        return Lifted(site, found)
+    try:
+        lift_form = lift_sdpa if op_name(found.anchor) == SDPA else lift_softmax
+        lifted = lift_form(found, facts, site, opaque)
+        _refuse_overwritten(lifted, anchor, facts)
+        return lifted
+    except Unreadable as error:
+        return Lifted(replace(site, reason=str(error)), found)
+
+
+def _refuse_overwritten(lifted: Lifted, end: fx.Node, facts: GraphFacts) -> None:
+    """Refuses a site whose inputs change between where they were read and where its op node will
+    stand."""
+    operands = [x.node for x in (lifted.q, lifted.k, lifted.v) if x is not None]
+    for node in (*operands, *lifted.tensors):
+        if facts.overwritten(node, end):
+            raise Unreadable(
+                f"{facts.origin(node)[0]} is written in place while the attention is computed"
+            )

@@ -1,0 +1,21 @@
+"""The rules by which tensors are read, one for each operation that has one."""
+
+from __future__ import annotations
+
+from rewriter.reading import Rule
+from rewriter.rules_arithmetic import ARITHMETIC
+from rewriter.rules_layout import LAYOUT, getitem
+
+__all__ = ["RULES"]
+
+
+def _table(rules: dict[str, Rule]) -> dict[str, Rule]:
+    """Names separated by spaces share a rule; in-place spellings follow their plain form."""
+    result = {}
+    for names, rule in rules.items():
+        for name in names.split():
+            result[f"aten.{name}"] = rule
+    return result
+
+
+RULES: dict[str, Rule] = {**_table({**LAYOUT, **ARITHMETIC}), "getitem": getitem}
