@@ -1,0 +1,65 @@
+"""Sliding windows with sinks: Mistral 7B (arXiv 2310.06825), StreamingLLM (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import sympy
+from sympy import Abs, Expr
+
+from rewriter import symbols as sym
+from rewriter.errors import Declined
+from rewriter.passbase import Pass, option
+from rewriter.spec import SoftmaxSpec
+
+if TYPE_CHECKING:
+    from rewriter.sites import Site
+
+
+def query_position(spec: SoftmaxSpec) -> tuple[Expr, bool]:
+    """Where query q stands on the key axis, and whether it sees nothing behind that place.
+
+    A mask `k ≤ position` says it itself, so a cache with free room at its end is read rightly.
+    Without one, the queries are the last L of the M keys.
+    """
+    found = set()
+    for term in sympy.And.make_args(spec.mask):
+        if isinstance(term, sympy.Ge | sympy.Le | sympy.Gt | sympy.Lt):
+            rest = term.gts - term.lts + sym.k  # the term says k ≤ rest, or k < rest
+            if not rest.has(sym.k) and rest.has(sym.q):
+                found.add(rest if isinstance(term, sympy.Ge | sympy.Le) else rest - 1)
+    if len(found) > 1:
+        texts = " and ".join(sorted(map(str, found)))
+        raise Declined(f"the mask ends at two places ({texts}), so positions are not known")
+    return (found.pop(), True) if found else (sym.q + sym.M - sym.L, False)
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Pass):
+    """Each query sees the last `window` keys, its own included, and the first `sinks` keys.
+
+    Without a causal mask the window is open to both sides: keys at a distance below `window`.
+    What the mask of the model hides stays hidden, sinks too. Positions are those of the key axis,
+    padding included: query q stands where the causal mask of the model ends, else at `q + M - L`.
+
+    Contract: limit; `window >= M` is the identity. Patterns: causal self, noncausal self.
+    Declines when: the site is cross-attention (no common positions).
+    """
+
+    name = "sparse.window"
+    contract = "limit"
+    stage = "mask"
+    identity = "sparse.window(window=1000000000)"
+    window: int = option("keys visible to one query, its own included", at_least=1)
+    sinks: int = option("first keys that stay visible", default=0, at_least=0)
+
+    def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+        if site.is_cross:
+            raise Declined(
+                "a window needs query and key positions on one axis; this site is cross-attention"
+            )
+        position, causal = query_position(spec)
+        back = position - sym.k
+        near = (back if causal else Abs(back)) < self.window
+        return replace(spec, mask=spec.mask & (near | (sym.k < self.sinks)))
