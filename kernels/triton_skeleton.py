@@ -1,0 +1,282 @@
+"""The body of a Triton kernel for softmax attention: online softmax over tiles of keys.
+
+A stage of the spec that does nothing leaves no line behind, so that a plain spec gives a plain
+kernel. Prefixes: `i_` index of a batch, head or first key, `o_` offsets, `p_` pointers, `b_` values
+in registers, `m_` masks, `t_` tensors that formulas read, `size_` their extents, `n_` sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import sympy
+from sympy import Expr
+
+from rewriter import symbols as sym
+from rewriter.errors import LoweringError
+from rewriter.kernels.triton_code import is_number
+from rewriter.kernels.triton_loads import Loads, identifiers
+from rewriter.kernels.triton_ranges import KeyRange, key_ranges
+from rewriter.symbols import formula_text
+
+if TYPE_CHECKING:
+    from rewriter.kernels.triton_codegen import KernelSpec
+
+__all__ = ["Skeleton"]
+
+_LOG2E = 1.4426950408889634
+_FLOAT_MIN = -3.4028234663852886e38
+_HUGE = 1e30
+
+
+class Skeleton:
+    """Writes the lines of one kernel; each method a part of it.
+
+    Attributes:
+        loads: the reads of tensors, complete once `body` has been called.
+        sizes: what each size of the formulas is called, by name.
+    """
+
+    def __init__(self, kernel: KernelSpec) -> None:
+        self.kernel, self.spec = kernel, kernel.lowered[0]
+        for name, formula in (("sink", self.spec.sink), ("head factor", self.spec.heads)):
+            if formula is not None and formula.has(sym.k, sym.s):
+                raise LoweringError(f"the {name} depends on the key: {formula_text(formula)}")
+        dtypes = {t.name: t.dtype for t in self.spec.tensors}
+        self.sizes = {n: f"n_{ident}" for n, ident in identifiers(self.spec.sizes).items()}
+        self.loads = Loads(dtypes, self.sizes)
+        self.ranges = key_ranges(self.spec.mask)
+        masked = {"add": "mean"}.get(self.spec.masked, self.spec.masked)
+        self.masked = "none" if self.spec.is_unmasked else masked
+        # A key that is seen scores -inf only through a read; else -inf says that nothing was seen.
+        floats = any("float" in dtypes[r.tensor] for r in sym.reads(self.spec.score))
+        self.counts_seen = floats and self.masked == "zero"
+        self.pivots = floats or self.masked in ("zero", "nan") or self.spec.sink is not None
+        self.base2 = not floats and _is_small(self.spec.score)
+        self.ieee = ', input_precision="ieee"' if kernel.dtype == "float32" else ""
+        self.block_d, self.block_e = _padded(kernel.head_dim), _padded(kernel.value_dim)
+        self.m_d = " & m_d[None, :]" if self.block_d != kernel.head_dim else ""
+        self.m_e = " & m_e[None, :]" if self.block_e != kernel.value_dim else ""
+
+    def constants(self, body: list[str]) -> list[str]:
+        """Module constants that the lines of the body use."""
+        known = {"LOG2E": _LOG2E, "MIN": _FLOAT_MIN}
+        used = [name for name in known if any(name in line for line in body)]
+        return [f"{name} = tl.constexpr({known[name]})" for name in used]
+
+    def blocks(self) -> list[tuple[str, int]]:
+        """Compile-time parameters and their values."""
+        tile, kernel = self.kernel.tile, self.kernel
+        blocks = [("BQ", tile.queries), ("BK", tile.keys), ("BD", self.block_d)]
+        blocks += [("BE", self.block_e)]
+        blocks += [("D", kernel.head_dim)] if self.m_d else []
+        return blocks + ([("E", kernel.value_dim)] if self.m_e else [])
+
+    def body(self) -> list[str]:
+        """Every line of the kernel."""
+        # Formulas first: printing them collects the loads that have to stand before them.
+        state, score, loop, end = self._state(), self._score(), self._loop(), self._end()
+        reads = ["# what the formulas read", *self.loads.once, ""] if self.loads.once else []
+        step = [*self._keys(), *self.loads.each, *score, *self._step()]
+        return [*self._tile(), *reads, *state, *loop, *_indented(step), *end]
+
+    def _tile(self) -> list[str]:
+        """Which rows this program has, and the query tile."""
+        return [
+            "# one program a tile of queries of one head",
+            "i_t = tl.program_id(0)",
+            "n_t = tl.cdiv(L, BQ)",
+            "i_bh = i_t // n_t",
+            "i_b, i_h = i_bh // H, i_bh % H",
+            "i_g = i_h // G  # the head of k and v",
+            "i_q = i_t % n_t * BQ  # the first query",
+            "o_q = i_q + tl.arange(0, BQ)",
+            "o_d, o_e = tl.arange(0, BD), tl.arange(0, BE)",
+            "m_q = o_q < L",
+            *(["m_d = o_d < D"] if self.m_d else []),
+            *(["m_e = o_e < E"] if self.m_e else []),
+            _pointer("q", "i_h", "o_d"),
+            _pointer("k", "i_g", "o_d"),
+            _pointer("v", "i_g", "o_e"),
+            "# [BQ, BD]",
+            _load("q", "o_q", f"m_q[:, None]{self.m_d}"),
+            "",
+        ]
+
+    def _state(self) -> list[str]:
+        """The running maximum, denominator and output of each row."""
+        lines = ["# running maximum, denominator and output of each row"]
+        if self.spec.sink is None:
+            lines += ['b_m = tl.full([BQ], float("-inf"), dtype=tl.float32)']
+            lines += ["b_l = tl.zeros([BQ], dtype=tl.float32)"]
+        else:
+            sink = self.loads.text(self.spec.sink, "row")
+            sink = f"({sink}) * LOG2E" if self.base2 else sink
+            lines += [f"b_m = {sink} + tl.zeros([BQ], dtype=tl.float32)"]
+            lines += ['b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)  # the sink']
+        if self.counts_seen:
+            lines.append("m_seen = tl.zeros([BQ], dtype=tl.int32)")
+        return [*lines, "# [BQ, BE]", "b_o = tl.zeros([BQ, BE], dtype=tl.float32)", ""]
+
+    def _loop(self) -> list[str]:
+        """The head of the loop over keys."""
+        if len(self.ranges) == 1:
+            low, high = self._bounds(self.ranges[0])
+            lines = [f"k_low = {_nested('maximum', ['0', *low])} // BK * BK"] if low else []
+            lines += [f"k_high = {_nested('minimum', ['M', *high])}"] if high else []
+            start, stop = "k_low" if low else "0", "k_high" if high else "M"
+            return [*lines, f"for i_k in range({start}, {stop}, BK):"]
+        (_, first), (low, high) = (self._bounds(r) for r in self.ranges)
+        return [
+            "# two runs of key tiles: from the first key, and near the queries",
+            f"n_first = tl.cdiv(tl.maximum({_nested('minimum', ['M', *first])}, 0), BK)",
+            f"n_low = tl.maximum({_nested('maximum', ['0', *low])} // BK, n_first)",
+            f"n_high = tl.maximum(tl.cdiv({_nested('minimum', ['M', *high])}, BK), n_low)",
+            "for i_j in range(0, n_first + n_high - n_low):",
+        ]
+
+    def _bounds(self, keys: KeyRange) -> tuple[list[str], list[str]]:
+        low, high = ([self.loads.text(x) for x in bounds] for bounds in (keys.low, keys.high))
+        return low, high
+
+    def _keys(self) -> list[str]:
+        """The keys of one step; `i_k` is the first."""
+        jump = "i_k = (i_j + tl.where(i_j < n_first, 0, n_low - n_first)) * BK"
+        lines = [jump] if len(self.ranges) == 2 else []
+        return [*lines, "o_k = i_k + tl.arange(0, BK)", "m_k = o_k < M"]
+
+    def _score(self) -> list[str]:
+        """The tile of scores, masked; in units of log 2 if `base2`."""
+        spec, product = self.spec, f"tl.dot(b_q, tl.trans(b_k){self.ieee})"
+        times = " * LOG2E" if self.base2 else ""
+        if is_number(spec.scale):
+            folded = self.base2 and spec.is_plain_score
+            factor = float(spec.scale) * (_LOG2E if folded else 1.0)
+            lines = [f"b_s = {product} * {factor!r}" if factor != 1.0 else f"b_s = {product}"]
+            times = "" if folded else times
+        else:
+            lines = [f"b_s = {product} * ({self.loads.text(spec.scale)})"]
+        if times or not spec.is_plain_score:
+            text = self.loads.text(spec.score)
+            lines.append(f"b_s = ({text}){times}" if times else f"b_s = {text}")
+        return [
+            "# [BK, BD]",
+            _load("k", "o_k", f"m_k[:, None]{self.m_d}"),
+            "# [BQ, BK]",
+            *lines,
+            *self._mask(),
+        ]
+
+    def _mask(self) -> list[str]:
+        """What becomes of keys that are not seen, and of those behind the last."""
+        lines = [f"m_s = {self.loads.text(self.spec.mask)}"] if self.masked != "none" else []
+        keep = "m_k[None, :]"
+        if self.masked == "mean":
+            lines.append("b_s = tl.where(m_s, b_s, MIN)")
+        elif self.masked != "none":
+            keep = "m_s & m_k[None, :]"
+        lines.append(f'b_s = tl.where({keep}, b_s, float("-inf"))')
+        if self.counts_seen:
+            lines.append(f"m_any = tl.broadcast_to(({keep}).to(tl.int32), [BQ, BK])")
+            lines.append("m_seen = tl.maximum(m_seen, tl.max(m_any, 1))")
+        return lines
+
+    def _step(self) -> list[str]:
+        """One step of the online softmax."""
+        exp, pivot = "tl.exp2" if self.base2 else "tl.exp", "b_n"
+        lines = ["# [BQ]", "b_n = tl.maximum(b_m, tl.max(b_s, 1))"]
+        if self.pivots:
+            pivot = "b_z"
+            lines.append("# finite also while a row has seen nothing")
+            lines.append('b_z = tl.where(b_n == float("-inf"), 0.0, b_n)')
+        return [
+            *lines,
+            f"b_r = {exp}(b_m - {pivot})",
+            f"b_p = {exp}(b_s - {pivot}[:, None])",
+            "b_l = b_l * b_r + tl.sum(b_p, 1)",
+            "b_m = b_n",
+            "# [BK, BE]",
+            _load("v", "o_k", f"m_k[:, None]{self.m_e}"),
+            "# [BQ, BE]",
+            f"b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_r[:, None]{self.ieee})",
+        ]
+
+    def _end(self) -> list[str]:
+        """Rows that saw nothing, the division, and the stores."""
+        lines = ["", *self._lse()]
+        if self.masked == "mean" and any(r.low or r.high for r in self.ranges):
+            lines += self._mean()
+        if self.masked == "zero":
+            seen = "m_seen > 0" if self.counts_seen else 'b_m > float("-inf")'
+            lines += [f"b_l = tl.where({seen}, b_l, 1.0)  # a row that sees no key gives 0"]
+        lines.append("b_o = b_o / b_l[:, None]")
+        if self.spec.heads != 1:
+            lines.append(f"b_o = b_o * ({self.loads.text(self.spec.heads)})")
+        return [
+            *lines,
+            _pointer("o", "i_h", "o_e"),
+            "p_o += o_q.to(tl.int64)[:, None] * stride_o_l",
+            f"tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q[:, None]{self.m_e})",
+        ]
+
+    def _lse(self) -> list[str]:
+        """The logarithm of the denominators, if it is asked for."""
+        if not self.kernel.lse:
+            return []
+        lines = [
+            "b_lse = (b_m + tl.log2(b_l)) / LOG2E" if self.base2 else "b_lse = b_m + tl.log(b_l)"
+        ]
+        if self.masked != "none":
+            empty = "b_m <= MIN" if self.masked == "mean" else 'b_m == float("-inf")'
+            lines.append(f'b_lse = tl.where({empty}, float("-inf"), b_lse)')
+        return [*lines, "tl.store(lse + i_bh.to(tl.int64) * L + o_q, b_lse, mask=m_q)"]
+
+    def _mean(self) -> list[str]:
+        """Rows without a visible key, whose keys the loop may have passed over."""
+        return [
+            "m_empty = m_q & (b_m <= MIN)",
+            "if tl.max(m_empty.to(tl.int32), 0) > 0:  # they give the mean of v over all keys",
+            "    b_mean = tl.zeros([BE], dtype=tl.float32)",
+            "    for i_k in range(0, M, BK):",
+            "        o_k = i_k + tl.arange(0, BK)",
+            "        # [BK, BE]",
+            f"        {_load('v', 'o_k', f'(o_k < M)[:, None]{self.m_e}')}",
+            "        b_mean += tl.sum(b_v.to(tl.float32), 0)",
+            "    b_o = tl.where(m_empty[:, None], b_mean[None, :], b_o)",
+            "    b_l = tl.where(m_empty, M, b_l)",
+        ]
+
+
+def _is_small(score: Expr) -> bool:
+    """Scores of this form stay finite when they are multiplied by log2(e)."""
+    return all(abs(float(x)) < _HUGE for x in score.atoms(sympy.Number))
+
+
+def _padded(dim: int) -> int:
+    """The size of a tile that holds `dim` columns: a power of two that the tensor cores take."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _pointer(name: str, head: str, columns: str) -> str:
+    """The line with the pointers to the columns of the first row of a head."""
+    start = f"i_b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
+    return f"p_{name} = {name} + {start} + {columns}[None, :] * stride_{name}_d"
+
+
+def _load(name: str, rows: str, mask: str) -> str:
+    """The line that loads a tile of q, k or v."""
+    pointer = f"p_{name} + {rows}.to(tl.int64)[:, None] * stride_{name}_l"
+    return f"b_{name} = tl.load({pointer}, mask={mask}, other=0.0)"
+
+
+def _nested(function: str, parts: list[str]) -> str:
+    """`tl.maximum` or `tl.minimum` of all parts."""
+    result = parts[0]
+    for part in parts[1:]:
+        result = f"tl.{function}({result}, {part})"
+    return result
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"    {line}" if line else "" for line in lines]

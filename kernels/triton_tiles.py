@@ -1,0 +1,97 @@
+"""How large the tiles of a kernel are: by head dim, dtype, formula, number of queries and GPU.
+
+Chosen so that nothing spills, which the tests compile for; no GPU has timed them. A GPU newer than
+the table takes the rows of the newest one in it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rewriter import symbols as sym
+from rewriter.kernels.triton_codegen import Dtype, Tile
+from rewriter.spec import SoftmaxSpec
+
+__all__ = ["tile_for"]
+
+_Weight = Literal["light", "medium", "heavy"]
+
+_HALF: dict[int, dict[int, dict[_Weight, Tile]]] = {
+    80: {
+        64: {
+            "light": Tile(128, 64, 4, 2),
+            "medium": Tile(64, 64, 4, 2),
+            "heavy": Tile(64, 32, 4, 2),
+        },
+        128: {
+            "light": Tile(128, 32, 8, 2),
+            "medium": Tile(128, 32, 8, 2),
+            "heavy": Tile(64, 32, 8, 2),
+        },
+        256: {
+            "light": Tile(64, 32, 8, 2),
+            "medium": Tile(64, 32, 8, 2),
+            "heavy": Tile(64, 32, 8, 2),
+        },
+    },
+    90: {
+        64: {
+            "light": Tile(128, 64, 4, 2),
+            "medium": Tile(64, 64, 4, 2),
+            "heavy": Tile(64, 32, 4, 2),
+        },
+        128: {
+            "light": Tile(128, 64, 8, 2),
+            "medium": Tile(128, 32, 8, 2),
+            "heavy": Tile(64, 32, 8, 2),
+        },
+        256: {
+            "light": Tile(64, 32, 8, 2),
+            "medium": Tile(64, 32, 8, 2),
+            "heavy": Tile(64, 32, 8, 2),
+        },
+    },
+}
+"""Compute capability (times ten) -> largest head dim -> weight of the formulas -> tile, for float16
+and bfloat16."""
+
+_FULL: dict[int, Tile] = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)}
+"""The same for float32, whose products run without tensor cores."""
+
+_FEW = 16
+"""Up to so many queries, as in decoding, one tile holds all of them."""
+_FEW_TILE = {
+    "float32": Tile(16, 16, 4, 1),
+    "float16": Tile(16, 64, 4, 2),
+    "bfloat16": Tile(16, 64, 4, 2),
+}
+
+
+def tile_for(
+    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: Dtype, q_len: int, capability: int
+) -> Tile:
+    """The tile for a call.
+
+    Args:
+        spec: what is computed; a formula needs registers too.
+        head_dim: D, at most 256.
+        value_dim: Dv, at most 256.
+        dtype: of q, k and v.
+        q_len: L.
+        capability: compute capability times ten, 80 for an A100, 90 for an H100.
+    """
+    if q_len <= _FEW:
+        return _FEW_TILE[dtype]
+    wide = max(head_dim, value_dim)
+    if dtype == "float32":
+        return _FULL[min(limit for limit in _FULL if wide <= limit)]
+    rows = _HALF[max((c for c in _HALF if c <= capability), default=min(_HALF))]
+    return rows[min(limit for limit in rows if wide <= limit)][_weight(spec)]
+
+
+def _weight(spec: SoftmaxSpec) -> _Weight:
+    """How many registers the formulas take: most where each query and key has an address."""
+    reads = sym.reads(spec.score) | sym.reads(spec.mask)
+    if any(r.has(sym.q) and r.has(sym.k) for r in reads):
+        return "heavy"
+    return "light" if spec.is_plain_score else "medium"

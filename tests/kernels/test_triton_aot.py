@@ -1,0 +1,37 @@
+"""Generated kernels, compiled with no GPU for an A100 and an H100: none spills, all fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rewriter.errors import LoweringError
+from rewriter.kernels.triton_aot import compile_kernel
+from triton_worker import BUILDS, Build, collect
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("triton-aot")]
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""What one program may have of an A100 and of an H100."""
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the compiled kernels take, from one process for all."""
+    return collect("compile", tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda b: b.name)
+def test_the_kernel_fits_and_does_not_spill(build: Build, results: dict[str, Any]) -> None:
+    result = results[build.name]
+    assert "failed" not in result, result["failed"]
+    assert result["stack_bytes"] == 0
+    assert 16 <= result["registers"] <= 255
+    assert result["shared_bytes"] <= SHARED_BYTES[build.capability]
+
+
+def test_a_process_that_interprets_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(LoweringError, match="cannot compile"):
+        compile_kernel(None, 90)  # type: ignore[arg-type]

@@ -1,0 +1,332 @@
+"""Runs generated kernels in a process of its own, and prints what came out as JSON.
+
+Triton decides at its import whether it interprets or compiles, so neither fits into the process of
+the tests.
+
+    python tests/triton_worker.py interpret      numbers of every case, against the reference
+    python tests/triton_worker.py compile        registers, stack and shared memory of every kernel
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from rewriter.kernels.triton_codegen import KernelSpec
+from rewriter.kernels.triton_tiles import tile_for
+from rewriter.reference import reference, reference_weights
+from rewriter.spec import SoftmaxSpec
+from triton_specs import SPECS, padding, tensors_for
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel."""
+
+    spec: str
+    shape: tuple[int, int, int, int, int, int, int] = (2, 2, 2, 33, 33, 16, 16)
+    """B, Hq, Hkv, L, M, D, Dv."""
+    dtype: str = "float32"
+    layout: str = "BHLD"
+    """How q, k and v lie in memory: `BHLD`, `BLHD`, `BHDL`, `padded` (gaps between elements),
+    `expanded` (one batch)."""
+    masked: str = ""
+    hidden: str = "right"
+    """Which keys of the last sequence are padding."""
+    bias: str = ""
+    """`"holes"` puts minus infinity into the bias, in one row everywhere."""
+
+    @property
+    def name(self) -> str:
+        shape = "-".join(
+            f"{k}{n}" for k, n in zip(("B", "H", "K", "L", "M", "D", "E"), self.shape, strict=True)
+        )
+        extra = [self.layout if self.layout != "BHLD" else "", self.masked, self.bias]
+        extra += [f"hidden-{self.hidden}" if self.hidden != "right" else ""]
+        return "-".join([self.spec, shape, self.dtype, *(x for x in extra if x)])
+
+
+def _plain(L: int, M: int, **kwargs: Any) -> Case:
+    return Case("plain", (2, 2, 2, L, M, 16, 16), **kwargs)
+
+
+CASES = (
+    # sizes
+    *(_plain(n, n) for n in (1, 2, 63, 65)),
+    _plain(129, 129, dtype="bfloat16"),
+    _plain(65, 17),
+    Case("causal", (1, 2, 2, 129, 129, 16, 16), "bfloat16"),
+    Case("causal", (2, 2, 2, 1, 65, 16, 16)),
+    Case("causal", (1, 2, 2, 20, 65, 16, 16)),
+    Case("causal", (1, 2, 2, 65, 20, 16, 16)),
+    # head dims
+    *(
+        Case("causal", (1, 2, 2, 17, 17, d, e))
+        for d, e in ((60, 60), (64, 16), (128, 60), (60, 128), (1, 3))
+    ),
+    Case("causal", (1, 1, 1, 33, 33, 256, 256), "float16"),
+    # groups of heads
+    *(
+        Case("causal", (1, heads, kv_heads, 17, 17, 16, 16))
+        for heads, kv_heads in ((3, 1), (6, 2), (8, 1))
+    ),
+    # dtypes
+    *(
+        Case(s, dtype=d)
+        for s in ("soft-cap", "alibi", "causal-padding")
+        for d in ("bfloat16", "float16")
+    ),
+    # strides
+    *(Case("causal", layout=layout) for layout in ("BLHD", "BHDL", "padded", "expanded")),
+    Case("grid-bias", (2, 4, 2, 20, 33, 16, 16), layout="BLHD"),
+    # scores
+    Case("soft-cap"),
+    Case("alibi"),
+    Case("alibi", (2, 4, 2, 1, 40, 16, 16)),
+    Case("relative-bias", (2, 2, 2, 40, 35, 16, 16)),
+    Case("counted-from-the-end", (2, 2, 2, 15, 15, 16, 16)),
+    Case("buckets", (2, 2, 2, 65, 65, 16, 16)),
+    Case("buckets", (2, 2, 2, 1, 65, 16, 16)),
+    Case("disentangled", masked="mean"),
+    Case("opaque-bias"),
+    Case("opaque-bias", bias="holes"),
+    Case("rounding"),
+    Case("powers"),
+    Case("head-scales"),
+    Case("clamped-twice-masked"),
+    Case("clamped-twice-masked", hidden="all"),
+    # masks
+    Case("window-sinks", (1, 2, 2, 129, 129, 16, 16)),
+    Case("window-sinks", (1, 2, 1, 1, 129, 16, 16)),
+    Case("two-sided-window", (1, 2, 2, 100, 100, 16, 16)),
+    # one key of a tile is seen, at the high and at the low end of what is visited
+    Case("causal", (1, 2, 2, 40, 73, 16, 16)),
+    Case("neighbours", (1, 2, 2, 65, 65, 16, 16)),
+    Case("two-sided-window", (1, 2, 2, 65, 20, 16, 16), masked="mean"),
+    Case("padding"),
+    Case("padding", hidden="left"),
+    Case("documents", (2, 2, 2, 65, 65, 16, 16)),
+    Case("chunks", (2, 2, 2, 40, 40, 16, 16)),
+    Case("sizes", (2, 2, 2, 20, 65, 16, 16)),
+    Case("one-head-sees-all"),
+    # sinks
+    Case("learned-sink"),
+    Case("learned-sink", (2, 4, 2, 1, 65, 16, 16), "bfloat16"),
+    Case("row-sink"),
+    Case("learned-sink", (1, 2, 2, 65, 20, 16, 16), masked="mean"),
+    Case("learned-sink", (1, 2, 2, 65, 20, 16, 16), masked="nan"),
+    # rows that see no key: all rows; and the first ones, where tiles of keys are passed over
+    *(Case("padding", hidden="all", masked=m) for m in ("zero", "mean", "add", "nan")),
+    *(
+        Case("causal-padding", (2, 2, 1, 65, 65, 16, 20), hidden="left", masked=m)
+        for m in ("zero", "mean", "add", "nan")
+    ),
+    *(
+        Case("causal-padding", hidden="left", masked="mean", dtype=d)
+        for d in ("bfloat16", "float16")
+    ),
+    Case("opaque-bias", (1, 2, 2, 65, 20, 16, 16), bias="holes", masked="zero"),
+)
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Errors of the kernel and of the reference in the same dtype, against float64."""
+    from rewriter.kernels.triton_launch import forward, forward_with_lse
+
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, _, q_len, kv_len, _, _ = case.shape
+    spec = replace(SPECS[case.spec], masked=case.masked) if case.masked else SPECS[case.spec]  # type: ignore[arg-type]
+    q, k, v = _inputs(case, generator)
+    tensors = tensors_for(spec, batch, heads, q_len, kv_len, generator)
+    tensors = [padding(batch, kv_len, case.hidden) if x.dtype == torch.bool else x for x in tensors]
+    if case.bias:
+        tensors[0][..., ::3] = -torch.inf
+        tensors[0][:, :, q_len // 2] = -torch.inf
+    sizes = {"past": kv_len - q_len, "first": 3}
+    rest = (tensors, [sizes[n] for n in spec.sizes])
+    gold = reference(spec, q.double(), k.double(), v.double(), *rest)
+    out, lse = forward_with_lse(spec, q, k, v, *rest)
+    assert out.equal(forward(spec, q, k, v, *rest)) or gold.isnan().any(), "with and without lse"
+    gold_lse = _lse(spec, q.double(), k.double(), *rest)
+    lse = torch.where(
+        lse < -1e30, -torch.inf, lse
+    )  # scores of finfo.min: nothing beside a logit of 0
+    return {
+        "error": _distance(out, gold),
+        "reference_error": _distance(reference(spec, q, k, v, *rest), gold),
+        "floor": torch.finfo(q.dtype).eps * float(gold.nan_to_num().abs().max()),
+        "lse_error": _distance(lse, gold_lse),
+        "nans": [int(out.isnan().sum()), int(gold.isnan().sum())],
+    }
+
+
+def _inputs(case: Case, generator: torch.Generator) -> list[Tensor]:
+    """q, k and v of a case in its layout."""
+    batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim = case.shape
+    sizes = [(heads, q_len, head_dim), (kv_heads, kv_len, head_dim), (kv_heads, kv_len, value_dim)]
+    made = []
+    for n, length, dim in sizes:
+        x = torch.randn(batch, n, length, dim, generator=generator).to(getattr(torch, case.dtype))
+        match case.layout:
+            case "BLHD":
+                x = x.transpose(1, 2).contiguous().transpose(1, 2)
+            case "BHDL":
+                x = x.mT.contiguous().mT
+            case "padded":
+                x = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+            case "expanded":
+                x = x[:1].expand(batch, -1, -1, -1)
+        made.append(x)
+    return made
+
+
+def _lse(
+    spec: SoftmaxSpec, q: Tensor, k: Tensor, tensors: list[Tensor], sizes: list[int]
+) -> Tensor:
+    """The logarithm of the denominators, from what a sink of logit 0 leaves to the keys."""
+    seen = reference_weights(replace(spec, sink=sympy.Integer(0)), q, k, tensors, sizes).sum(-1)
+    lse = seen.log() - torch.log1p(-seen)
+    if spec.sink is None:
+        return lse
+    sink = next(x for t, x in zip(spec.tensors, tensors, strict=True) if "sink" in t.name).double()
+    return torch.logaddexp(lse, sink if sink.dim() == 3 else sink[:, None])
+
+
+def _distance(x: Tensor, gold: Tensor) -> float:
+    """The largest difference; infinite where one is NaN or infinite and the other not."""
+    same = (x == gold) | (x.isnan() & gold.isnan())
+    return float(torch.where(same, 0.0, (x - gold).abs()).nan_to_num(torch.inf).max())
+
+
+# --- resources ------------------------------------------------------------------------------------
+
+COMPILED = (
+    "plain",
+    "causal",
+    "window-sinks",
+    "soft-cap",
+    "alibi",
+    "buckets",
+    "causal-padding",
+    "learned-sink",
+)
+"""Specs that are compiled for bfloat16 at head dims 64 and 128, for both GPUs."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel for one GPU."""
+
+    spec: str
+    dim: int
+    capability: int
+    dtype: str = "bfloat16"
+    q_len: int = 1024
+    lse: bool = False
+
+    @property
+    def name(self) -> str:
+        extra = ["decode"] if self.q_len == 1 else []
+        extra += ["lse"] if self.lse else []
+        return "-".join([self.spec, f"D{self.dim}", f"sm{self.capability}", self.dtype, *extra])
+
+
+BUILDS = (
+    *(Build(spec, dim, cap) for cap in (80, 90) for dim in (64, 128) for spec in COMPILED),
+    *(Build(spec, 256, cap) for cap in (80, 90) for spec in ("causal", "grid-bias")),
+    *(Build(spec, 128, 90) for spec in ("grid-bias", "opaque-bias")),
+    *(Build(spec, 64, 90) for spec in SPECS if spec not in COMPILED),
+    Build("causal", 128, 90, q_len=1),
+    Build("causal", 128, 80, lse=True),
+    Build("soft-cap", 64, 80, "float32"),
+)
+
+
+def build(case: Build) -> dict[str, Any]:
+    """What the kernel takes."""
+    from rewriter.kernels.triton_aot import compile_kernel
+
+    spec: SoftmaxSpec = SPECS[case.spec]
+    tile = tile_for(spec, case.dim, case.dim, case.dtype, case.q_len, case.capability)  # type: ignore[arg-type]
+    kernel = KernelSpec(spec, case.dim, case.dim, case.dtype, tile, case.lse)  # type: ignore[arg-type]
+    return vars(compile_kernel(kernel, case.capability))
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+def collect(mode: str, folder: Path) -> dict[str, Any]:
+    """The results of a worker process, by the name of the case; an error is `{"failed": text}`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "REWRITER_CACHE": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "OMP_NUM_THREADS": "1",
+    }
+    if mode == "interpret":
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, __file__, mode],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the worker failed:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _attempt(function: Callable[[Any], dict[str, Any]], case: Any) -> dict[str, Any]:
+    try:
+        return function(case)
+    except Exception:
+        return {"failed": traceback.format_exc()}
+
+
+def _multiply_bfloat16() -> None:
+    """Mends the interpreter, which multiplies the bits of bfloat16 as integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def main(mode: str) -> None:
+    # What torch.empty gives is NaN from here on: what a kernel does not write cannot pass.
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == (mode == "interpret")
+    if mode == "interpret":
+        _multiply_bfloat16()
+    cases: Any = CASES if mode == "interpret" else BUILDS
+    print(json.dumps({c.name: _attempt(run if mode == "interpret" else build, c) for c in cases}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
