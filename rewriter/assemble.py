@@ -1,0 +1,110 @@
+"""The graph that runs: sites replaced by op nodes, and a choice by size where fusing pays late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import sympy
+from sympy import Expr
+from torch import fx
+
+from rewriter import symbols as sym
+from rewriter.capture import Captured
+from rewriter.decide import Work
+from rewriter.insert import insert
+
+__all__ = ["assembled", "insert_all"]
+
+
+def assembled(
+    gm: fx.GraphModule, captured: Captured, changed: list[Work], fused: list[Work], target: str
+) -> Callable[..., Any]:
+    """What runs in the place of Dynamo's graph.
+
+    Sites that are only fused run as they were below the length at which fusion pays: then there are
+    two graphs over the same inputs, and the sizes of a call choose.
+    """
+    if not changed and not fused:
+        return cast(Callable[..., Any], gm)
+    pays = _chooser(captured, fused)
+    if pays is False:
+        if changed:
+            insert_all(captured, changed, target)
+            return cast(Callable[..., Any], captured.module)
+        return cast(Callable[..., Any], gm)
+    if pays is True:
+        insert_all(captured, [*changed, *fused], target)
+        return cast(Callable[..., Any], captured.module)
+    short: Callable[..., Any] = gm
+    if changed:
+        short = _copy_with(captured, changed, target)
+    insert_all(captured, [*changed, *fused], target)
+    long: Callable[..., Any] = captured.module
+    return lambda *args: long(*args) if pays(args) else short(*args)
+
+
+def insert_all(captured: Captured, work: Sequence[Work], target: str) -> None:
+    for item in work:
+        insert(captured, item.lifted, item.spec, target)
+    captured.graph.eliminate_dead_code()
+    captured.graph.lint()
+    captured.module.recompile()
+    alive = set(captured.graph.nodes)
+    for item in work:
+        if item.lifted.found.anchor in alive:
+            note = "the original weights are still computed, because something else reads them"
+            captured.notes.append(f"{item.lifted.site.name}: {note}")
+
+
+def _copy_with(captured: Captured, work: list[Work], target: str) -> fx.GraphModule:
+    """A second graph with only these sites rewritten."""
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(captured.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    copy = Captured(
+        fx.GraphModule(captured.module, graph), prefix=captured.prefix, is_root=captured.is_root
+    )
+    insert_all(copy, [replace(w, lifted=w.lifted.moved(mapping)) for w in work], target)
+    return copy.module
+
+
+def _chooser(captured: Captured, fused: list[Work]) -> Any:
+    """Whether fusing pays: True or False where the graph's sizes decide, else a function of a
+    call's inputs."""
+    if not fused:
+        return True
+    sources = captured.shape_sources()
+    tests: dict[tuple[Expr, int], Callable[[Any], bool]] = {}
+    for work in fused:
+        sizes = cast(Any, work.lifted.bounds).sizes
+        scores = sympy.expand(sizes[sym.q] * sizes[sym.k])
+        if work.from_scores == 0 or (scores.is_Integer and scores >= work.from_scores):
+            return True
+        if scores.is_Integer:
+            continue
+        symbols = sorted(scores.free_symbols, key=str)
+        if any(x not in sources for x in symbols):
+            return True
+        tests[scores, work.from_scores] = _size_test(
+            scores, symbols, [sources[x] for x in symbols], work.from_scores
+        )
+    if not tests:
+        return False
+    return lambda args: any(test(args) for test in tests.values())
+
+
+def _size_test(
+    scores: Expr, symbols: list[Any], places: list[tuple[int, int | None]], start: int
+) -> Callable[[Any], bool]:
+    function = sympy.lambdify(symbols, scores, modules="math")
+
+    def test(args: Any) -> bool:
+        sizes = [args[i] if dim is None else args[i].shape[dim] for i, dim in places]
+        return bool(function(*sizes) >= start)
+
+    return test

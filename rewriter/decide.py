@@ -1,0 +1,235 @@
+"""What to do with each site of a graph: lift it, check it, apply the passes that select it, and see
+who can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import sympy
+import torch
+from sympy import Expr
+from torch import nn
+
+from rewriter import lowering
+from rewriter import symbols as sym
+from rewriter.capture import Captured
+from rewriter.check import disagreement
+from rewriter.errors import LoweringError
+from rewriter.find import Found, find
+from rewriter.formulas import on_one_axis
+from rewriter.frame import Lifted
+from rewriter.indices import Bounds
+from rewriter.lift import lift
+from rewriter.passbase import Request, apply
+from rewriter.reading import value_of
+from rewriter.report import Report, SiteReport
+from rewriter.sites import Site
+from rewriter.spec import SoftmaxSpec
+
+__all__ = ["State", "Work", "layer_count", "lifted_sites", "plan_of"]
+
+FUSE_FROM_SCORES = 512 * 512
+"""Scores of one head from which exact fusion pays on a CPU; measured by
+benchmarks/cpu_attention.py."""
+
+
+@dataclass
+class State:
+    """What `optimize` keeps of a model; the model itself is untouched."""
+
+    requests: tuple[Request, ...]
+    target: str
+    sites: list[SiteReport] = field(default_factory=list)
+    graphs: int = 0
+    notes: list[str] = field(default_factory=list)
+    checked: bool = False
+    failure: LoweringError | None = None
+    """An implementation was asked for by name and cannot be had; raised when the call is over."""
+
+    def report(self) -> Report:
+        return Report(tuple(self.sites), self.graphs, tuple(dict.fromkeys(self.notes)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """A site that gets an op node."""
+
+    lifted: Lifted
+    spec: SoftmaxSpec
+    from_scores: int = 0
+
+
+def layer_count(model: nn.Module, path: str = "") -> int:
+    """How many layers the list of modules has that the path goes through, or the longest list of
+    the model."""
+    parts = path.split(".")
+    for n, part in enumerate(parts):
+        if part.isdigit():
+            try:
+                return len(cast(Any, model.get_submodule(".".join(parts[:n]))))
+            except (AttributeError, TypeError):
+                break
+    return max(
+        (len(m) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)), default=0
+    )
+
+
+def plan_of(
+    captured: Captured, model: nn.Module, state: State, number: int
+) -> tuple[list[SiteReport], list[Work], list[Work]]:
+    """What to do with each site: the reports, the sites whose function changes, and those that are
+    only fused."""
+    reports: list[SiteReport] = []
+    changed: list[Work] = []
+    fused: list[Work] = []
+    seen: dict[str, int] = {}
+    for lifted in lifted_sites(captured):
+        ordinal = seen.get(lifted.site.path, 0)
+        seen[lifted.site.path] = ordinal + 1
+        lifted = replace(lifted, site=replace(lifted.site, ordinal=ordinal))
+        report, work = _decide(lifted, captured, model, state)
+        reports.append(replace(report, graph=number))
+        if work is not None:
+            (changed if work.spec != lifted.site.spec else fused).append(work)
+    return reports, changed, fused
+
+
+def lifted_sites(captured: Captured) -> list[Lifted]:
+    """Every softmax of a graph, lifted and checked; each formula is checked once."""
+    verdicts: dict[tuple[Any, ...], str] = {}
+    result = []
+    for found in find(captured.graph):
+        result.append(_guarded(partial(_lifted, found, captured, verdicts), found))
+    return result
+
+
+def _lifted(found: Found, captured: Captured, verdicts: dict[tuple[Any, ...], str]) -> Lifted:
+    lifted = lift(found, captured)
+    problem = _verdict(lifted, captured, verdicts) if lifted.site.spec is not None else ""
+    return _opaque(lifted, captured, problem) if problem else lifted
+
+
+def _verdict(lifted: Lifted, captured: Captured, verdicts: dict[tuple[Any, ...], str]) -> str:
+    spec = cast(SoftmaxSpec, lifted.site.spec)
+    key = (spec.digest(), lifted.bounds is not None and tuple(lifted.bounds.sizes.values()))
+    if key not in verdicts:
+        verdicts[key] = disagreement(lifted, captured)
+    return verdicts[key]
+
+
+def _opaque(lifted: Lifted, captured: Captured, problem: str) -> Lifted:
+    """The site lifted again with what meets its scores read as whole tensors; left alone if that
+    fails too."""
+    again = _guarded(lambda: lift(lifted.found, captured, opaque=True), lifted.found)
+    still = disagreement(again, captured) if again.site.spec is not None else again.site.reason
+    if still:
+        reason = f"its formula did not pass its check: {problem}"
+        return replace(lifted, site=replace(lifted.site, spec=None, reason=reason))
+    note = f"read as whole tensors, because the formula did not pass its check: {problem}"
+    return replace(again, site=replace(again.site, notes=(*again.site.notes, note)))
+
+
+def _guarded(work: Callable[[], Lifted], found: Any) -> Lifted:
+    """A mistake of ours in reading one site leaves that site as it was."""
+    try:
+        return work()
+    except Exception as error:
+        reason = f"it could not be read: {type(error).__name__}: {error}"
+        return Lifted(Site(path="", layer=None, reason=reason), found)
+
+
+def _decide(
+    lifted: Lifted, captured: Captured, model: nn.Module, state: State
+) -> tuple[SiteReport, Work | None]:
+    site, spec = lifted.site, lifted.site.spec
+    if spec is None:
+        decision = "kept" if site.kind == "attention" else "not attention"
+        return SiteReport(site, 0, None, cast(Any, decision), reason=site.reason), None
+    requests, shared = _selectable(state.requests, captured)
+    after, applied, refusals = apply(requests, site, spec, layer_count(model, site.path))
+    refusals = (*shared, *refusals)
+    sizes = cast(Bounds, lifted.bounds).sizes
+    if after != spec and sizes[sym.q] == sizes[sym.k]:
+        after = on_one_axis(after)
+    reason = "; ".join(refusals)
+    if not applied:
+        reason = reason or "no pass selects it"
+        return SiteReport(site, 0, spec, "kept", "original", reason), None
+    name, why = lowering.explain(after, _shapes_at_capture(lifted), state.target)
+    if name is None:
+        if state.target != "auto":
+            state.failure = LoweringError(
+                f"{site.name}: target {state.target!r} does not take it: {why}"
+            )
+        return SiteReport(site, 0, spec, "kept", "original", why), None
+    start = _pays_from(state.requests, applied) if after == spec else 0
+    scores = sympy.expand(sizes[sym.q] * sizes[sym.k])
+    if scores.is_Integer and scores < start:
+        size = f"{sizes[sym.q]} x {sizes[sym.k]}"
+        why = f"{size} scores a head are fewer than {start}: the original code is faster"
+        return SiteReport(site, 0, spec, "kept", "original", why), None
+    note = f"from {start} scores a head on; the original code below" if start else ""
+    reason = "; ".join(x for x in (note, reason) if x)
+    return SiteReport(site, 0, after, "rewritten", name, reason, applied), Work(
+        lifted, after, start
+    )
+
+
+def _selectable(
+    requests: Sequence[Request], captured: Captured
+) -> tuple[list[Request], tuple[str, ...]]:
+    """The requests that can be told where they apply, and why the others cannot.
+
+    After a graph break inside a layer, Dynamo compiles that layer once and calls the graph with the
+    weights of each layer in turn: what is done for one of them is done for all.
+    """
+    if captured.is_root:
+        return list(requests), ()
+    chosen = [r for r in requests if r.selector.layers is None and r.selector.path is None]
+    reason = "a graph break splits the model, and layers that share a graph cannot be told apart"
+    return chosen, tuple(f"{r.text}: {reason}" for r in requests if r not in chosen)
+
+
+def _pays_from(requests: Sequence[Request], applied: Sequence[str]) -> int:
+    """Scores of one head from which a site that computes what it did before runs new code."""
+    chosen = [r.action for r in requests if r.text in applied and hasattr(r.action, "from_scores")]
+    asked = [cast(Any, action).from_scores for action in chosen]
+    return min((FUSE_FROM_SCORES if n is None else int(n) for n in asked), default=0)
+
+
+def _shapes_at_capture(lifted: Lifted) -> lowering.Shapes:
+    q, v = value_of(cast(Any, lifted.q).node), value_of(cast(Any, lifted.v).node)
+    sizes = cast(Any, lifted.bounds).sizes
+    hints = _hints(lifted)
+
+    def number(x: Expr) -> int:
+        value = x.xreplace(hints)
+        return int(value) if value.is_Integer else 16
+
+    site = lifted.site
+    return lowering.Shapes(
+        device=q.device.type,
+        dtype=q.dtype,
+        batch=number(sizes[sym.b]),
+        heads=site.heads or number(sizes[sym.h]),
+        kv_heads=site.kv_heads or number(sizes[sym.h]),
+        q_len=number(sizes[sym.q]),
+        kv_len=number(sizes[sym.k]),
+        head_dim=site.head_dim,
+        value_dim=site.value_dim,
+        grad=bool(torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)),
+    )
+
+
+def _hints(lifted: Lifted) -> dict[Any, Expr]:
+    hints: dict[Any, Expr] = {}
+    for operand in (lifted.q, lifted.k, lifted.v):
+        for size in value_of(cast(Any, operand).node).shape:
+            if isinstance(size, torch.SymInt) and size.node.hint is not None:
+                expr = size.node.expr
+                if isinstance(expr, sympy.Symbol):
+                    hints[expr] = sympy.Integer(int(size.node.hint))
+    return hints

@@ -1,0 +1,265 @@
+"""The pipeline: capture, find, lift, check, rewrite, lower; and its public doors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from rewriter import lowering
+from rewriter.assemble import assembled, insert_all
+from rewriter.capture import Captured, capturing, from_dynamo
+from rewriter.decide import State, layer_count, plan_of
+from rewriter.errors import CaptureError, InputError, SelectorError
+from rewriter.passbase import Pass, Request, unmatched
+from rewriter.registry import read_requests
+from rewriter.report import Report, SiteReport
+
+__all__ = ["inspect", "optimize", "report_of", "requests_of", "restore", "rewrite_graph"]
+
+DEFAULT = ("fuse",)
+
+
+_STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
+
+
+def optimize(model: nn.Module, *passes: str | Pass | Request, target: str = "auto") -> nn.Module:
+    """Rewrites the attention of a model, in place and lazily: graphs are captured when the model is
+    next called.
+
+    Args:
+        model: any module. The same object is returned; `generate`, training and `state_dict` keep
+            working.
+        passes: requests such as `"sparse.window(window=256) @ 4-7"`, passes made in Python, or
+            nothing, which means `"fuse"`: only exact rewrites, no function changes. Sites that no
+            request selects stay as they are.
+        target: `"auto"` picks an implementation by device and shape; a name (`"reference"`,
+            `"torch"`, `"triton"`) asks for it, and the first call of the model raises LoweringError
+            where it cannot be had.
+
+    Raises:
+        PassError: an unknown pass or option, or a value out of range.
+        SelectorError: a selector that cannot be read or, at the first call of the model, one that
+            matches no site.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
+    requests = read_requests(passes or DEFAULT)
+    lowering.check_target(target)
+    state = State(requests, target)
+    _check_layers(requests, model)
+    restore(model)
+    _install(model, state)
+    return model
+
+
+def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What is compiled: a frame of ours, because Dynamo does not start at one of `torch.nn`."""
+    call: Any = self._call_impl
+    return call(*args, **kwargs)
+
+
+def _install(model: nn.Module, state: State) -> None:
+    alive = weakref.ref(model)
+    # A code object of its own: Dynamo keeps graphs and counts recompilations by code object.
+    run = FunctionType(_run.__code__.replace(), _run.__globals__)
+    compile_: Any = torch.compile
+    compiled = compile_(run, backend=_Backend(alive, state), dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        module = cast(nn.Module, alive())
+        _keep_image_size(module, args, kwargs)
+        with capturing():
+            out = compiled(module, *args, **kwargs)
+        if state.failure is not None:
+            restore(module)
+            raise state.failure
+        if not state.checked:
+            state.checked = True
+            if not state.graphs:
+                state.notes.append("torch captured no graph, so the model runs as it was")
+            _check_matched(state, module)
+        return out
+
+    _STATES[model] = state
+    model._compiled_call_impl = call
+
+
+def _keep_image_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Makes every dimension of an image but the batch a constant of the graph; each image size gets
+    its own.
+
+    With symbolic heights and widths, torch spends minutes on the guards of a model that pads and
+    windows its input.
+    """
+    name = getattr(model, "main_input_name", None)
+    given = (
+        kwargs.get(name)
+        if isinstance(name, str) and name in kwargs
+        else next(iter((*args, *kwargs.values())), None)
+    )
+    if isinstance(given, torch.Tensor) and given.is_floating_point() and given.dim() >= 4:
+        torch._dynamo.mark_static(given, list(range(1, given.dim())))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives the model back as it was, bit for bit. Harmless on a model that was not optimized."""
+    if _STATES.pop(model, None) is not None:
+        model.__dict__.pop("_compiled_call_impl", None)
+    return model
+
+
+def requests_of(model: nn.Module) -> tuple[Request, ...]:
+    """The requests that the model was optimized with; none if it was not."""
+    state = _STATES.get(model)
+    return state.requests if state is not None else ()
+
+
+def target_of(model: nn.Module) -> str:
+    """The implementation that was asked for; `"auto"` if none was."""
+    state = _STATES.get(model)
+    return state.target if state is not None else "auto"
+
+
+def report_of(model: nn.Module) -> Report:
+    """What has been found and done so far. Empty before the first call of an optimized model."""
+    state = _STATES.get(model)
+    return state.report() if state is not None else Report()
+
+
+def inspect(model: nn.Module, inputs: Any = None, *passes: str | Pass | Request) -> Report:
+    """Every attention of a model, with its formula, and what `optimize` does about it.
+
+    Args:
+        model: a plain module, which is the same afterwards, or an optimized one.
+        inputs: one call's inputs: a mapping of keyword arguments, a sequence of arguments, or one
+            tensor. May be left out for an optimized model that has run.
+        passes: what to inspect a plain model with; nothing means `"fuse"`.
+
+    Raises:
+        InputError: if there is nothing to run the model with.
+        CaptureError: if no graph of the model could be captured.
+    """
+    state = _STATES.get(model)
+    if state is not None and state.graphs and inputs is None:
+        return state.report()
+    if inputs is None:
+        raise InputError("inspect needs inputs to run the model with: a dict, a tuple, or a tensor")
+    args, kwargs = call_arguments(inputs)
+    if state is not None:
+        with torch.no_grad():
+            model(*args, **kwargs)
+        return _nonempty(state, model)
+    state = State(read_requests(passes or DEFAULT), "auto")
+    _check_layers(state.requests, model)
+    _install(model, state)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        restore(model)
+    return _nonempty(state, model)
+
+
+def _nonempty(state: State, model: nn.Module) -> Report:
+    if not state.graphs:
+        raise CaptureError(
+            f"torch captured no graph of {type(model).__name__}; "
+            "run with TORCH_LOGS=graph_breaks to see where it gives up"
+        )
+    return state.report()
+
+
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what a user calls inputs."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), {str(k): v for k, v in inputs.items()}
+    if isinstance(inputs, Sequence):
+        return tuple(inputs), {}
+    raise InputError(f"inputs are a dict, a tuple or a tensor, got {type(inputs).__name__}")
+
+
+# --- requests against the model -------------------------------------------------------------------
+
+
+def _check_layers(requests: Sequence[Request], model: nn.Module) -> None:
+    """Refuses layers beyond every list of modules before anything is captured."""
+    count = layer_count(model)
+    for request in requests:
+        layers = request.selector.layers
+        outside = layers.outside(count) if layers is not None else ()
+        if outside:
+            has = (
+                f"the model has layers 0 to {count - 1}"
+                if count
+                else "the model has no numbered layers"
+            )
+            raise SelectorError(f"{request.text}: layer {outside[0]} does not exist; {has}")
+
+
+def _check_matched(state: State, model: nn.Module) -> None:
+    sites = [s.site for s in state.sites if s.decision != "not attention"]
+    asked = [r for r in state.requests if r.selector.text]
+    if not state.graphs or not asked:
+        return
+    messages = unmatched(asked, sites, layer_count(model, sites[0].path if sites else ""))
+    if messages:
+        restore(model)
+        raise SelectorError(messages[0])
+
+
+# --- the backend ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Backend:
+    """What Dynamo calls with each graph of the model."""
+
+    model: weakref.ref[nn.Module]
+    state: State
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        model = cast(nn.Module, self.model())
+        number = self.state.graphs
+        self.state.graphs += 1
+        planned: list[SiteReport] = []
+        try:
+            names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
+            captured = from_dynamo(gm, names, list(signature(model.forward).parameters))
+            sites, changed, fused = plan_of(captured, model, self.state, number)
+            planned = sites
+            run = assembled(gm, captured, changed, fused, self.state.target)
+            self.state.notes.extend(captured.notes)
+            self.state.sites.extend(sites)
+            return run
+        except CaptureError as error:
+            self.state.notes.append(f"graph {number} runs as it was: {error}")
+        except Exception as error:
+            self.state.notes.append(
+                f"graph {number} runs as it was, after an internal error: "
+                f"{type(error).__name__}: {error}"
+            )
+            kept = {"decision": "kept", "lowering": "original", "reason": "an internal error"}
+            self.state.sites.extend(
+                replace(s, **cast(Any, kept)) if s.decision == "rewritten" else s for s in planned
+            )
+        return cast(Callable[..., Any], gm)
+
+
+def rewrite_graph(
+    captured: Captured, model: nn.Module, requests: Sequence[Request], target: str = "auto"
+) -> list[SiteReport]:
+    """Rewrites a captured graph in place by the requests, whatever its lengths; used by the
+    ahead-of-time door."""
+    state = State(tuple(requests), target)
+    reports, changed, fused = plan_of(captured, model, state, 0)
+    insert_all(captured, [*changed, *fused], target)
+    return reports
