@@ -1,0 +1,40 @@
+"""A compiler for attention: finds it in any PyTorch model, reads it as a formula, rewrites it.
+
+model = rewriter.optimize(model)                    # exact; the same module object
+print(rewriter.inspect(model, inputs))              # each attention, its formula, and why
+rewriter.verify(original, model, inputs)            # raises if they differ
+rewriter.export_onnx(model, inputs, "model.onnx")   # run in ONNX Runtime before it returns
+rewriter.restore(model)
+"""
+
+from rewriter import errors
+from rewriter.checkpoint import load, save
+from rewriter.export import export_onnx
+from rewriter.optimize import inspect, optimize, report_of, restore
+from rewriter.passbase import Pass, option
+from rewriter.report import Report, SiteReport
+from rewriter.sites import Site
+from rewriter.spec import SoftmaxSpec, TensorArg
+from rewriter.verify import VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Pass",
+    "Report",
+    "Site",
+    "SiteReport",
+    "SoftmaxSpec",
+    "TensorArg",
+    "VerifyReport",
+    "errors",
+    "export_onnx",
+    "inspect",
+    "load",
+    "optimize",
+    "option",
+    "report_of",
+    "restore",
+    "save",
+    "verify",
+]

@@ -1,0 +1,204 @@
+"""The command line: what each command prints, in words and as JSON, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from rewriter import registry
+from rewriter.cli import main
+from zoo import architecture
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """All of stdout, which has to be one JSON document."""
+        return json.loads(self.out)
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process."""
+
+    def command(*args: object) -> Outcome:
+        code = main([str(a) for a in args])
+        return Outcome(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "encoder"
+    architecture("bert").build().save_pretrained(str(path))
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "decoder"
+    architecture("llama").build().save_pretrained(str(path))
+    return path
+
+
+# --- inspect -------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_each_site_with_its_formula(run: Command, decoder: Path) -> None:
+    code, out, err = run("inspect", decoder)
+    assert (code, err) == (0, "")
+    assert "2 attention sites" in out
+    assert "model.layers.1.self_attn" in out
+    assert "k ≤ q" in out
+    assert "GQA 4/2" in out
+
+
+def test_inspect_as_json_is_the_report(run: Command, encoder: Path) -> None:
+    found = run("inspect", encoder, "--json").json
+    assert found["attention"] == 2
+    assert [s["layer"] for s in found["sites"]] == [0, 1]
+    assert all(s["formula"].startswith("softmax(") for s in found["sites"])
+
+
+def test_inspect_shows_what_a_pass_would_do(run: Command, encoder: Path) -> None:
+    found = run("inspect", encoder, "--pass", "sparse.window(window=3) @ 1", "--json").json
+    first, second = found["sites"]
+    assert (first["decision"], first["why"]) == ("kept", "no pass selects it")
+    assert second["decision"] == "rewritten"
+    assert second["passes"] == ["sparse.window(window=3) @ 1"]
+    assert "< 3" in second["after_formula"]
+    assert "< 3" not in second["formula"]
+
+
+# --- optimize, verify ----------------------------------------------------------------------------
+
+
+def test_optimizing_without_a_pass_is_equivalent(
+    run: Command, decoder: Path, tmp_path: Path
+) -> None:
+    done = run("optimize", decoder, "--out", tmp_path / "out", "--json")
+    assert done.code == 0
+    assert done.json["verify"]["ok"]
+    assert done.json["changes_function"] == []
+    assert len(done.json["sites"]) == 2
+    checked = run("verify", decoder, tmp_path / "out", "--gradients", "--json")
+    assert checked.code == 0
+    assert checked.json["ok"]
+    assert checked.json["changed_sites"] == []
+    assert any(row["kind"] == "gradient" for row in checked.json["rows"])
+
+
+def test_a_pass_that_changes_the_function_is_saved_and_told(
+    run: Command, encoder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    request = "heads.scale(heads=[0], by=0) @ 1"
+    done = run("optimize", encoder, "--pass", request, "--out", out)
+    assert done.code == 0
+    assert f"not equivalent to the original, as asked for by {request}" in done.out
+    assert done.out.rstrip().endswith(f"saved {out}")
+    assert (out / "tokenizer.json").exists()
+    checked = run("verify", encoder, out)
+    assert checked.code == 1
+    assert checked.err.startswith("rewriter: ")
+    assert checked.err.count("\n") == 1
+
+
+def test_not_equivalent_as_json_is_an_error_with_its_report(
+    run: Command, encoder: Path, tmp_path: Path
+) -> None:
+    run("optimize", encoder, "--pass", "sparse.window(window=1)", "--out", tmp_path / "out")
+    checked = run("verify", encoder, tmp_path / "out", "--json")
+    assert checked.code == 1
+    assert checked.json["kind"] == "NotEquivalent"
+    assert not checked.json["report"]["ok"]
+
+
+def test_passes_add_up_when_a_rewritten_directory_is_optimized(
+    run: Command, encoder: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("optimize", encoder, "--pass", "sparse.window(window=3)", "--out", first)
+    run("optimize", first, "--pass", "heads.scale(heads=[0], by=0)", "--out", second)
+    plan = json.loads((second / "rewriter.json").read_text())
+    assert plan["passes"] == ["sparse.window(window=3)", "heads.scale(heads=[0], by=0)"]
+    formulas = [s["after_formula"] for s in run("inspect", second, "--json").json["sites"]]
+    assert all("< 3" in text and "h = 0" in text for text in formulas)
+
+
+def test_no_verify_skips_the_comparison(run: Command, encoder: Path, tmp_path: Path) -> None:
+    done = run("optimize", encoder, "--no-verify", "--out", tmp_path / "out", "--json")
+    assert done.json["verify"] is None
+    assert (tmp_path / "out" / "rewriter.json").exists()
+
+
+def test_generated_tokens_are_compared_on_request(run: Command, decoder: Path) -> None:
+    checked = run("verify", decoder, decoder, "--generate", "4", "--json")
+    assert checked.code == 0
+    assert checked.json["generation"]["ok"]
+
+
+# --- export, passes, the rest --------------------------------------------------------------------
+
+
+def test_export_writes_a_file_that_onnx_runtime_has_run(
+    run: Command, encoder: Path, tmp_path: Path
+) -> None:
+    done = run("export", encoder, "--onnx", tmp_path / "model.onnx", "--json")
+    assert done.code == 0, done.err
+    assert done.json["checks"]
+    assert (tmp_path / "model.onnx").stat().st_size == done.json["bytes"]
+
+
+def test_passes_lists_every_pass(run: Command) -> None:
+    listed = run("passes").out
+    assert all(kind.name in listed for kind in registry.PASSES)
+    assert [sheet["name"] for sheet in run("passes", "--json").json] == [
+        kind.name for kind in registry.PASSES
+    ]
+
+
+def test_data_sheet_shows_options_contract_and_source(run: Command) -> None:
+    shown = run("passes", "sparse.window").out
+    for text in ("contract: limit", "an integer, at least 1", "required", "arXiv 2310.06825"):
+        assert text in shown
+    sheet = run("passes", "sparse.window", "--json").json
+    assert [o["name"] for o in sheet["options"]] == ["window", "sinks"]
+    assert sheet["options"][1]["default"] == 0
+
+
+def test_version_and_help(run: Command) -> None:
+    assert run("--version").out.startswith("rewriter ")
+    shown = run("optimize", "--help")
+    assert shown.code == 0
+    assert "--no-verify" in shown.out
+
+
+def test_as_a_process_it_exits_with_the_code_and_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rewriter", "inspect", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"rewriter: {tmp_path}/none does not exist; give a local Hugging Face directory\n"
+    )

@@ -1,0 +1,180 @@
+"""Dependencies point one way, and the compiler knows no model by name.
+
+Read from the source; nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("rewriter", "rewriter/verify", "passes", "kernels")
+
+DRAWING = {
+    # what a module may import directly; it may also import what those may
+    "errors": "",
+    "trees": "",
+    "symbols": "errors",
+    "spec": "symbols",
+    "reference": "spec",
+    "sites": "spec",
+    # passes
+    "options": "errors",
+    "selectors": "errors",
+    "passbase": "options selectors sites",
+    "passes": "passbase",
+    "registry": "passes",
+    "datasheet": "passbase",
+    # reading graphs
+    "indices": "symbols",
+    "reading": "indices",
+    "rules_layout": "reading",
+    "rules_arithmetic": "reading",
+    "rules": "rules_arithmetic rules_layout",
+    "contraction": "rules_layout",
+    "operands": "contraction",
+    "formulas": "reading spec",
+    "find": "contraction sites",
+    "frame": "find operands rules",
+    "scores": "frame",
+    "finish": "formulas frame",
+    "lift_sdpa": "finish",
+    "lift_softmax": "finish scores",
+    "lift": "lift_sdpa lift_softmax",
+    "capture": "find",
+    "check": "frame reference",
+    "insert": "capture frame",
+    # running specs
+    "kernels": "reference",
+    "lowering": "kernels",
+    # the front
+    "cost": "sites",
+    "report": "cost",
+    "verify": "reference sites",
+    "decide": "capture check lift lowering passbase report",
+    "assemble": "decide insert",
+    "optimize": "assemble registry",
+    "hub": "errors",
+    "plan": "registry",
+    "checkpoint": "hub optimize plan",
+    "runtime": "errors",
+    "program": "optimize runtime trees",
+    "export": "program",
+    "examples": "errors",
+    "cli": "checkpoint datasheet examples export verify",
+    "rewriter": "checkpoint export verify",
+    "__main__": "cli",
+}
+"""Style 8.2. A folder is one entry; so is `rewriter` itself, what the package gives away."""
+
+LAZY = {"triton", "onnx", "onnxscript", "onnxruntime", "transformers"}
+"""Imported inside the function that needs them, or in a module that is imported there."""
+
+MODEL_NAMES = re.compile(
+    r"(?<![a-z])(bert|roberta|deberta|gpt_?2|gpt_?oss|llama|mistral|mixtral|gemma|qwen|bloom|mpt|t5|whisper|vit|swin|phi3|llava)"
+    r"(?![a-z])",
+    re.IGNORECASE,
+)
+
+
+MODULES = sorted(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))
+
+
+def _entry(path: Path) -> str:
+    """The entry of the drawing that a module belongs to."""
+    if path.parent != ROOT / "rewriter":
+        return path.parent.name
+    return "rewriter" if path.stem == "__init__" else path.stem
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """The full names that a module imports, those for type checking alone left out."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _reachable(entry: str) -> set[str]:
+    """The entries that one entry may import, itself included."""
+    seen, todo = {entry}, [entry]
+    while todo:
+        for below in DRAWING[todo.pop()].split():
+            if below not in seen:
+                seen.add(below)
+                todo.append(below)
+    return seen
+
+
+def _id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_id)
+def test_dependencies_point_the_way_of_the_drawing(path: Path) -> None:
+    entry = _entry(path)
+    assert entry in DRAWING, f"{entry} is new: give it a place in the drawing"
+    names = [n for n in _imports(ast.parse(path.read_text())) if n.startswith("rewriter.")]
+    used = {n.split(".")[1] for n in names}
+    known = {n for n in used if n in DRAWING}
+    assert used - known == set(), "imports of what the drawing does not show"
+    assert known - _reachable(entry) == set(), "imports against the arrows"
+
+
+def test_passes_and_kernels_do_not_know_each_other() -> None:
+    assert "kernels" not in _reachable("passes")
+    assert "passes" not in _reachable("kernels")
+    assert not {"passes", "kernels", "registry", "lowering"} & _reachable("verify")
+
+
+def test_the_drawing_has_no_circle_and_no_forgotten_module() -> None:
+    for entry in DRAWING:
+        below = [e for e in _reachable(entry) if e != entry]
+        assert not [e for e in below if entry in _reachable(e)], entry
+
+
+def _names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Identifiers and texts of a module with their lines.
+
+    Docstrings and comments are left out: they may name papers and models.
+    """
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and id(node) not in documentation:
+                yield node.lineno, node.value
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_id)
+def test_the_compiler_knows_no_model_by_name(path: Path) -> None:
+    names = _names(ast.parse(path.read_text()))
+    assert [f"line {line}: {name}" for line, name in names if MODEL_NAMES.search(name)] == []
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if _entry(p) != "kernels"], ids=_id)
+def test_heavy_libraries_are_imported_where_they_are_needed(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert {n.split(".")[0] for n in _imports(tree)} & LAZY == set()

@@ -1,0 +1,40 @@
+"""`__all__` says what is public: it is sorted, and nothing else without an underscore is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+import rewriter
+
+README = {"export_onnx", "inspect", "load", "optimize", "restore", "save", "verify"}
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert list(rewriter.__all__) == sorted(set(rewriter.__all__))
+
+
+def test_the_names_that_the_readme_uses_are_public() -> None:
+    assert set(rewriter.__all__) >= README
+
+
+def test_nothing_public_is_missing_from_all() -> None:
+    things = vars(rewriter).items()
+    names = {n for n, x in things if n[0] != "_" and not isinstance(x, types.ModuleType)}
+    assert names - set(rewriter.__all__) == set()
+
+
+@pytest.mark.parametrize("name", rewriter.__all__)
+def test_each_public_name_exists_and_is_documented(name: str) -> None:
+    thing = getattr(rewriter, name)
+    assert thing.__doc__
+
+
+def test_importing_rewriter_needs_no_transformers_and_no_onnx_runtime() -> None:
+    heavy = {"transformers", "onnx", "onnxruntime", "onnxscript"}
+    code = f"import sys, rewriter; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
