@@ -10,7 +10,7 @@ __all__ = ["RULES"]
 
 
 def _table(rules: dict[str, Rule]) -> dict[str, Rule]:
-    """Names separated by spaces share a rule; in-place spellings follow their plain form."""
+    """Names separated by spaces share a rule."""
     result = {}
     for names, rule in rules.items():
         for name in names.split():
