@@ -12,7 +12,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ import torch
 from sympy import Symbol
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.callback import callback_handler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -171,14 +172,52 @@ def capturing(recompiles: int = 256) -> Iterator[None]:
     The limit on recompilation is raised because Dynamo counts it per class of module, and falls
     back to eager silently beyond it.
     """
-    with torch._dynamo.config.patch(
-        specialize_float=True,
-        recompile_limit=max(recompiles, torch._dynamo.config.recompile_limit),
-        accumulated_recompile_limit=max(
-            4 * recompiles, torch._dynamo.config.accumulated_recompile_limit
+    with (
+        torch._dynamo.config.patch(
+            specialize_float=True,
+            recompile_limit=max(recompiles, torch._dynamo.config.recompile_limit),
+            accumulated_recompile_limit=max(
+                4 * recompiles, torch._dynamo.config.accumulated_recompile_limit
+            ),
         ),
+        _quiet_tracing(),
     ):
         yield
+
+
+OF_TRACING = (
+    "Dynamo detected a call to a `functools.lru_cache`",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "<class 'torch.autograd.function.Function'> should not be instantiated",
+)
+"""What torch warns of while it traces a model: its own ways, about which a user can do nothing."""
+
+
+@contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """No warnings of `OF_TRACING`, while torch traces; a call that traces nothing is left alone.
+
+    Python forgets which warnings it has shown whenever filters change, so they must not change in
+    every call.
+    """
+    filters = ExitStack()
+
+    def start(_: Any) -> None:
+        filters.enter_context(warnings.catch_warnings())
+        for text in OF_TRACING:
+            warnings.filterwarnings("ignore", message=re.escape(text))
+
+    def end(_: Any) -> None:
+        filters.close()
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+        filters.close()
 
 
 def from_dynamo(
