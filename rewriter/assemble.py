@@ -12,23 +12,24 @@ from torch import fx
 
 from rewriter import symbols as sym
 from rewriter.capture import Captured
-from rewriter.decide import Work
+from rewriter.decide import Planned, Work
 from rewriter.insert import insert
 
-__all__ = ["assembled", "insert_all"]
+__all__ = ["assembled", "chooser", "copied", "insert_all"]
 
 
 def assembled(
-    gm: fx.GraphModule, captured: Captured, changed: list[Work], fused: list[Work], target: str
+    gm: fx.GraphModule, captured: Captured, planned: Planned, target: str
 ) -> Callable[..., Any]:
     """What runs in the place of Dynamo's graph.
 
     Sites that are only fused run as they were below the length at which fusion pays: then there are
     two graphs over the same inputs, and the sizes of a call choose.
     """
+    changed, fused = planned.changed, planned.fused
     if not changed and not fused:
         return cast(Callable[..., Any], gm)
-    pays = _chooser(captured, fused)
+    pays = chooser(captured, fused)
     if pays is False:
         if changed:
             insert_all(captured, changed, target)
@@ -39,7 +40,9 @@ def assembled(
         return cast(Callable[..., Any], captured.module)
     short: Callable[..., Any] = gm
     if changed:
-        short = _copy_with(captured, changed, target)
+        copy, work = copied(captured, changed)
+        insert_all(copy, work, target)
+        short = copy.module
     insert_all(captured, [*changed, *fused], target)
     long: Callable[..., Any] = captured.module
     return lambda *args: long(*args) if pays(args) else short(*args)
@@ -58,8 +61,8 @@ def insert_all(captured: Captured, work: Sequence[Work], target: str) -> None:
             captured.notes.append(f"{item.lifted.site.name}: {note}")
 
 
-def _copy_with(captured: Captured, work: list[Work], target: str) -> fx.GraphModule:
-    """A second graph with only these sites rewritten."""
+def copied(captured: Captured, work: Sequence[Work]) -> tuple[Captured, list[Work]]:
+    """The same graph again, with fake values and metadata, and the sites as they stand in it."""
     mapping: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     output = graph.graph_copy(captured.graph, mapping)
@@ -69,11 +72,10 @@ def _copy_with(captured: Captured, work: list[Work], target: str) -> fx.GraphMod
     copy = Captured(
         fx.GraphModule(captured.module, graph), prefix=captured.prefix, is_root=captured.is_root
     )
-    insert_all(copy, [replace(w, lifted=w.lifted.moved(mapping)) for w in work], target)
-    return copy.module
+    return copy, [replace(w, lifted=w.lifted.moved(mapping)) for w in work]
 
 
-def _chooser(captured: Captured, fused: list[Work]) -> Any:
+def chooser(captured: Captured, fused: list[Work]) -> Any:
     """Whether fusing pays: True or False where the graph's sizes decide, else a function of a
     call's inputs."""
     if not fused:

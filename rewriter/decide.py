@@ -29,7 +29,7 @@ from rewriter.report import Report, SiteReport
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
 
-__all__ = ["State", "Work", "layer_count", "lifted_sites", "plan_of"]
+__all__ = ["Planned", "State", "Work", "layer_count", "lifted_sites", "plan_of"]
 
 FUSE_FROM_SCORES = 512 * 512
 """Scores of one head from which exact fusion pays on a CPU; measured by
@@ -48,6 +48,10 @@ class State:
     checked: bool = False
     failure: LoweringError | None = None
     """An implementation was asked for by name and cannot be had; raised when the call is over."""
+    only: frozenset[str] | None = None
+    """Names of the sites that may be rewritten; None for all."""
+    watcher: Callable[[Any, tuple[Any, ...]], Any] | None = None
+    """Runs each graph instead, and sees its sites: called with a `Watched` and a call's inputs."""
 
     def report(self) -> Report:
         return Report(tuple(self.sites), self.graphs, tuple(dict.fromkeys(self.notes)))
@@ -55,11 +59,26 @@ class State:
 
 @dataclass(frozen=True)
 class Work:
-    """A site that gets an op node."""
+    """A site that was understood, and what it is to compute."""
 
     lifted: Lifted
     spec: SoftmaxSpec
     from_scores: int = 0
+    exact: bool = True
+    """Every pass that was applied says that the function stays the same."""
+
+
+@dataclass
+class Planned:
+    """What becomes of the sites of one graph."""
+
+    reports: list[SiteReport] = field(default_factory=list)
+    changed: list[Work] = field(default_factory=list)
+    """Sites that get an op node whatever their size, because their formula changed."""
+    fused: list[Work] = field(default_factory=list)
+    """Sites that get an op node where it pays."""
+    kept: list[Work] = field(default_factory=list)
+    """Sites that were understood and stay as they are."""
 
 
 def layer_count(model: nn.Module, path: str = "") -> int:
@@ -77,24 +96,21 @@ def layer_count(model: nn.Module, path: str = "") -> int:
     )
 
 
-def plan_of(
-    captured: Captured, model: nn.Module, state: State, number: int
-) -> tuple[list[SiteReport], list[Work], list[Work]]:
-    """What to do with each site: the reports, the sites whose function changes, and those that are
-    only fused."""
-    reports: list[SiteReport] = []
-    changed: list[Work] = []
-    fused: list[Work] = []
+def plan_of(captured: Captured, model: nn.Module, state: State, number: int) -> Planned:
+    """What to do with each site of a graph."""
+    planned = Planned()
     seen: dict[str, int] = {}
     for lifted in lifted_sites(captured):
         ordinal = seen.get(lifted.site.path, 0)
         seen[lifted.site.path] = ordinal + 1
         lifted = replace(lifted, site=replace(lifted.site, ordinal=ordinal))
         report, work = _decide(lifted, captured, model, state)
-        reports.append(replace(report, graph=number))
+        planned.reports.append(replace(report, graph=number))
         if work is not None:
-            (changed if work.spec != lifted.site.spec else fused).append(work)
-    return reports, changed, fused
+            (planned.changed if work.spec != lifted.site.spec else planned.fused).append(work)
+        elif lifted.site.spec is not None:
+            planned.kept.append(Work(lifted, lifted.site.spec))
+    return planned
 
 
 def lifted_sites(captured: Captured) -> list[Lifted]:
@@ -148,6 +164,8 @@ def _decide(
     if spec is None:
         decision = "kept" if site.kind == "attention" else "not attention"
         return SiteReport(site, 0, None, cast(Any, decision), reason=site.reason), None
+    if state.only is not None and site.name not in state.only:
+        return SiteReport(site, 0, spec, "kept", "original", "it is to be left alone"), None
     requests, shared = _selectable(state.requests, captured)
     after, applied, refusals = apply(requests, site, spec, layer_count(model, site.path))
     refusals = (*shared, *refusals)
@@ -173,9 +191,9 @@ def _decide(
         return SiteReport(site, 0, spec, "kept", "original", why), None
     note = f"from {start} scores a head on; the original code below" if start else ""
     reason = "; ".join(x for x in (note, reason) if x)
-    return SiteReport(site, 0, after, "rewritten", name, reason, applied), Work(
-        lifted, after, start
-    )
+    exact = all(r.action.contract == "exact" for r in requests if r.text in applied)
+    work = Work(lifted, after, start, exact)
+    return SiteReport(site, 0, after, "rewritten", name, reason, applied), work
 
 
 def _selectable(

@@ -11,6 +11,7 @@
     ├── ShapeError            tensors that do not fit a spec
     ├── LoweringError         no implementation takes a spec on a device
     ├── ExportError           an ONNX file could not be made, loaded or run
+    ├── CheckFailed           a pass or an implementation does not do what it promises
     └── NotEquivalent         verification failed; carries the report
 
 A site that stays as it was is not an exception: it is a line of the report. `Declined` carries its
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CaptureError",
+    "CheckFailed",
     "CheckpointError",
     "Declined",
     "ExportError",
@@ -83,6 +85,11 @@ class LoweringError(RewriterError):
 
 class ExportError(RewriterError):
     """An ONNX file could not be made, or ONNX Runtime did not agree with torch on it."""
+
+
+class CheckFailed(RewriterError):
+    """A pass or an implementation breaks a promise; the message names the first check that says
+    so."""
 
 
 class NotEquivalent(RewriterError):

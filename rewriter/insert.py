@@ -19,7 +19,7 @@ from rewriter.reading import op_name, value_of
 from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import IDiv
 
-__all__ = ["insert"]
+__all__ = ["insert", "operands_of"]
 
 aten = torch.ops.aten
 
@@ -42,20 +42,13 @@ def insert(captured: Captured, lifted: Lifted, spec: SoftmaxSpec, target: str) -
 
     The nodes of the region are left to dead-code elimination, so that what is used elsewhere stays.
     """
-    graph = captured.graph
     replaced = lifted.found.product if lifted.found.product is not None else lifted.found.anchor
     maker = _Maker(captured, replaced)
-    with graph.inserting_before(replaced):
-        q, k, v = (maker.operand(x) for x in (lifted.q, lifted.k, lifted.v))
-        used = {t.name for t in spec.tensors}
-        lifted_spec = cast(SoftmaxSpec, lifted.site.spec)
-        nodes = dict(zip((t.name for t in lifted_spec.tensors), lifted.tensors, strict=True))
-        sizes = dict(zip(lifted_spec.sizes, lifted.sizes, strict=True))
-        tensors = [_current(nodes[t.name]) for t in spec.tensors]
-        assert used <= nodes.keys()
+    with captured.graph.inserting_before(replaced):
+        q, k, v, tensors, sizes = _operands(maker, lifted, spec)
         node = maker.call(
             torch.ops.rewriter.attention.default,
-            (q, k, v, tensors, [maker.size(sizes[n]) for n in spec.sizes], spec.to_json(), target),
+            (q, k, v, tensors, sizes, spec.to_json(), target),
         )
         out = maker.shaped(node, lifted)
     out.meta |= {k: v for k, v in replaced.meta.items() if k != "val"}
@@ -63,6 +56,23 @@ def insert(captured: Captured, lifted: Lifted, spec: SoftmaxSpec, target: str) -
     replaced.meta[REPLACED] = out
     _views_to_reshapes(out)
     return node
+
+
+def operands_of(captured: Captured, lifted: Lifted) -> tuple[Any, ...]:
+    """Nodes for q, k, v, the tensors and the sizes of a site that stays as it is."""
+    place = lifted.found.product if lifted.found.product is not None else lifted.found.anchor
+    with captured.graph.inserting_before(place):
+        return _operands(_Maker(captured, place), lifted, cast(SoftmaxSpec, lifted.site.spec))
+
+
+def _operands(maker: _Maker, lifted: Lifted, spec: SoftmaxSpec) -> tuple[Any, ...]:
+    """Queries, keys and values in the layout of the op, and what the formulas of `spec` read."""
+    q, k, v = (maker.operand(x) for x in (lifted.q, lifted.k, lifted.v))
+    own = cast(SoftmaxSpec, lifted.site.spec)
+    nodes = dict(zip((t.name for t in own.tensors), lifted.tensors, strict=True))
+    sizes = dict(zip(own.sizes, lifted.sizes, strict=True))
+    tensors = [_current(nodes[t.name]) for t in spec.tensors]
+    return q, k, v, tensors, [maker.size(sizes[n]) for n in spec.sizes]
 
 
 def _current(node: fx.Node) -> fx.Node:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from types import FunctionType
@@ -15,13 +16,23 @@ from torch import fx, nn
 from rewriter import lowering
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
-from rewriter.decide import State, layer_count, plan_of
+from rewriter.decide import Planned, State, layer_count, plan_of
 from rewriter.errors import CaptureError, InputError, SelectorError
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
 from rewriter.report import Report, SiteReport
+from rewriter.watch import Watched, watched
 
-__all__ = ["inspect", "optimize", "report_of", "requests_of", "restore", "rewrite_graph"]
+__all__ = [
+    "inspect",
+    "optimize",
+    "reinstalled",
+    "report_of",
+    "requests_of",
+    "restore",
+    "rewrite_graph",
+    "target_of",
+]
 
 DEFAULT = ("fuse",)
 
@@ -113,6 +124,45 @@ def restore(model: nn.Module) -> nn.Module:
     if _STATES.pop(model, None) is not None:
         model.__dict__.pop("_compiled_call_impl", None)
     return model
+
+
+@contextmanager
+def reinstalled(
+    model: nn.Module,
+    *,
+    requests: Sequence[Request] | None = None,
+    target: str | None = None,
+    only: Collection[str] | None = None,
+    watcher: Callable[[Watched, tuple[Any, ...]], Any] | None = None,
+) -> Iterator[Callable[[], Report]]:
+    """For a while, the model is optimized anew, another way; afterwards it is as it was before.
+
+    Args:
+        model: an optimized model, or a plain one.
+        requests: what to optimize it with; None for what it was optimized with.
+        target: None for the one it was optimized for.
+        only: names of the sites that may be rewritten; None for all.
+        watcher: runs each captured graph; its result is the graph's.
+
+    Yields:
+        What gives the report of the temporary state.
+    """
+    before = _STATES.get(model), model.__dict__.get("_compiled_call_impl")
+    state = State(
+        requests_of(model) if requests is None else tuple(requests),
+        target_of(model) if target is None else target,
+        only=None if only is None else frozenset(only),
+        watcher=watcher,
+    )
+    _install(model, state)
+    try:
+        yield state.report
+    finally:
+        restore(model)
+        if before[0] is not None:
+            _STATES[model] = before[0]
+        if before[1] is not None:
+            model.__dict__["_compiled_call_impl"] = before[1]
 
 
 def requests_of(model: nn.Module) -> tuple[Request, ...]:
@@ -230,13 +280,13 @@ class _Backend:
         model = cast(nn.Module, self.model())
         number = self.state.graphs
         self.state.graphs += 1
-        planned: list[SiteReport] = []
+        sites: list[SiteReport] = []
         try:
             names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
             captured = from_dynamo(gm, names, list(signature(model.forward).parameters))
-            sites, changed, fused = plan_of(captured, model, self.state, number)
-            planned = sites
-            run = assembled(gm, captured, changed, fused, self.state.target)
+            planned = plan_of(captured, model, self.state, number)
+            sites = planned.reports
+            run = self._run(gm, captured, planned)
             self.state.notes.extend(captured.notes)
             self.state.sites.extend(sites)
             return run
@@ -249,9 +299,16 @@ class _Backend:
             )
             kept = {"decision": "kept", "lowering": "original", "reason": "an internal error"}
             self.state.sites.extend(
-                replace(s, **cast(Any, kept)) if s.decision == "rewritten" else s for s in planned
+                replace(s, **cast(Any, kept)) if s.decision == "rewritten" else s for s in sites
             )
         return cast(Callable[..., Any], gm)
+
+    def _run(self, gm: fx.GraphModule, captured: Captured, planned: Planned) -> Callable[..., Any]:
+        watcher, target = self.state.watcher, self.state.target
+        if watcher is None:
+            return assembled(gm, captured, planned, target)
+        form = watched(captured, planned, target)
+        return lambda *args: watcher(form, args)
 
 
 def rewrite_graph(
@@ -260,6 +317,6 @@ def rewrite_graph(
     """Rewrites a captured graph in place by the requests, whatever its lengths; used by the
     ahead-of-time door."""
     state = State(tuple(requests), target)
-    reports, changed, fused = plan_of(captured, model, state, 0)
-    insert_all(captured, [*changed, *fused], target)
-    return reports
+    planned = plan_of(captured, model, state, 0)
+    insert_all(captured, [*planned.changed, *planned.fused], target)
+    return planned.reports
