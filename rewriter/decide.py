@@ -17,6 +17,7 @@ from rewriter import lowering
 from rewriter import symbols as sym
 from rewriter.capture import Captured
 from rewriter.check import disagreement
+from rewriter.check_output import output_disagreement
 from rewriter.errors import LoweringError
 from rewriter.find import Found, find
 from rewriter.formulas import on_one_axis
@@ -26,6 +27,7 @@ from rewriter.lift import lift
 from rewriter.passbase import Request, apply
 from rewriter.reading import value_of
 from rewriter.report import Report, SiteReport
+from rewriter.sample import Skip
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
 
@@ -53,8 +55,19 @@ class State:
     watcher: Callable[[Any, tuple[Any, ...]], Any] | None = None
     """Runs each graph instead, and sees its sites: called with a `Watched` and a call's inputs."""
 
+    frames: list[int] = field(default_factory=list)
+    """For each graph, torch's number of the code that it was made from."""
+    softmaxes: int = 0
+    """Softmax nodes that are left in the graphs."""
+    breaks: int = 0
+    """Graph breaks."""
+
     def report(self) -> Report:
-        return Report(tuple(self.sites), self.graphs, tuple(dict.fromkeys(self.notes)))
+        notes = tuple(dict.fromkeys(self.notes))
+        recompiles = len(self.frames) - len(set(self.frames))
+        return Report(
+            tuple(self.sites), self.graphs, notes, self.softmaxes, self.breaks, recompiles
+        )
 
 
 @dataclass(frozen=True)
@@ -114,38 +127,65 @@ def plan_of(captured: Captured, model: nn.Module, state: State, number: int) -> 
 
 
 def lifted_sites(captured: Captured) -> list[Lifted]:
-    """Every softmax of a graph, lifted and checked; each formula is checked once."""
-    verdicts: dict[tuple[Any, ...], str] = {}
+    """Every softmax of a graph, lifted and checked; equal sites are checked once."""
+    verdicts: dict[tuple[Any, ...], tuple[str, str]] = {}
     result = []
     for found in find(captured.graph):
         result.append(_guarded(partial(_lifted, found, captured, verdicts), found))
     return result
 
 
-def _lifted(found: Found, captured: Captured, verdicts: dict[tuple[Any, ...], str]) -> Lifted:
+def _lifted(
+    found: Found, captured: Captured, verdicts: dict[tuple[Any, ...], tuple[str, str]]
+) -> Lifted:
     lifted = lift(found, captured)
-    problem = _verdict(lifted, captured, verdicts) if lifted.site.spec is not None else ""
-    return _opaque(lifted, captured, problem) if problem else lifted
-
-
-def _verdict(lifted: Lifted, captured: Captured, verdicts: dict[tuple[Any, ...], str]) -> str:
-    spec = cast(SoftmaxSpec, lifted.site.spec)
-    key = (spec.digest(), lifted.bounds is not None and tuple(lifted.bounds.sizes.values()))
+    if lifted.site.spec is None:
+        return lifted
+    key = _key(lifted)
     if key not in verdicts:
-        verdicts[key] = disagreement(lifted, captured)
-    return verdicts[key]
+        verdicts[key] = _verdict(lifted, captured)
+    problem, note = verdicts[key]
+    return _opaque(lifted, captured, problem) if problem else _noted(lifted, note)
+
+
+def _key(lifted: Lifted) -> tuple[Any, ...]:
+    """What two sites have in common that need one check between them."""
+    operands = [cast(Any, x).steps for x in (lifted.q, lifted.k, lifted.v)]
+    sizes = tuple(cast(Bounds, lifted.bounds).sizes.values())
+    layout = (str(operands), lifted.out_order, lifted.lead)
+    return cast(SoftmaxSpec, lifted.site.spec).digest(), sizes, layout
+
+
+def _verdict(lifted: Lifted, captured: Captured) -> tuple[str, str]:
+    """How the formula and the graph differ, and what could not be checked; both empty if they
+    agree."""
+    problem = disagreement(lifted, captured)
+    if problem:
+        return problem, ""
+    try:
+        return output_disagreement(lifted, captured), ""
+    except Skip as reason:
+        return "", f"its output was not checked against the graph: {reason}"
 
 
 def _opaque(lifted: Lifted, captured: Captured, problem: str) -> Lifted:
     """The site lifted again with what meets its scores read as whole tensors; left alone if that
     fails too."""
     again = _guarded(lambda: lift(lifted.found, captured, opaque=True), lifted.found)
-    still = disagreement(again, captured) if again.site.spec is not None else again.site.reason
+    still, note = again.site.reason, ""
+    if again.site.spec is not None:
+        still, note = _verdict(again, captured)
     if still:
         reason = f"its formula did not pass its check: {problem}"
         return replace(lifted, site=replace(lifted.site, spec=None, reason=reason))
-    note = f"read as whole tensors, because the formula did not pass its check: {problem}"
-    return replace(again, site=replace(again.site, notes=(*again.site.notes, note)))
+    read = f"read as whole tensors, because the formula did not pass its check: {problem}"
+    return _noted(_noted(again, read), note)
+
+
+def _noted(lifted: Lifted, note: str) -> Lifted:
+    if not note:
+        return lifted
+    return replace(lifted, site=replace(lifted.site, notes=(*lifted.site.notes, note)))
 
 
 def _guarded(work: Callable[[], Lifted], found: Any) -> Lifted:

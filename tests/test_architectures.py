@@ -64,6 +64,7 @@ def test_every_attention_is_found_and_restore_gives_the_original_bits(case: zoo.
         after = _tensors(model(**inputs))
     assert len(report.attention) == case.architecture.sites, str(report)
     assert [r.reason for r in report.attention if r.decision != "rewritten"] == []
+    assert "not checked" not in str(report), str(report)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 

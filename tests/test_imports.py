@@ -47,7 +47,9 @@ DRAWING = {
     "lift_softmax": "finish scores",
     "lift": "lift_sdpa lift_softmax",
     "capture": "find",
-    "check": "frame reference",
+    "sample": "frame",
+    "check": "reference sample",
+    "check_output": "reference sample",
     "insert": "capture frame",
     # running specs
     "kernels": "reference",
@@ -55,7 +57,7 @@ DRAWING = {
     # the front
     "cost": "sites",
     "report": "cost",
-    "decide": "capture check lift lowering passbase report",
+    "decide": "capture check check_output lift lowering passbase report",
     "assemble": "decide insert",
     "watch": "assemble",
     "optimize": "registry watch",
