@@ -150,7 +150,7 @@ class _Step:
             if g is not None:
                 self._add_part(part, g)
         if found.score is not None:
-            ds = None if got[-1] is None else got[-1].view(dz.shape)
+            ds = None if got[-1] is None else got[-1].reshape(dz.shape)
         return ds
 
     def _add_part(self, part: Part, grad: Tensor) -> None:

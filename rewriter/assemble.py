@@ -70,7 +70,10 @@ def copied(captured: Captured, work: Sequence[Work]) -> tuple[Captured, list[Wor
     for old, new in mapping.items():
         new.meta = dict(old.meta)
     copy = Captured(
-        fx.GraphModule(captured.module, graph), prefix=captured.prefix, is_root=captured.is_root
+        fx.GraphModule(captured.module, graph),
+        prefix=captured.prefix,
+        is_root=captured.is_root,
+        autocast={mapping[n]: dtype for n, dtype in captured.autocast.items() if n in mapping},
     )
     return copy, [replace(w, lifted=w.lifted.moved(mapping)) for w in work]
 

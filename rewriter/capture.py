@@ -92,6 +92,12 @@ class Captured:
     """Tensors whose memory an operation of the graph still writes to: their value is not a
     formula."""
 
+    without_grad: frozenset[fx.Node] = frozenset()
+    """Nodes in a region that records no gradient, in a graph that does."""
+    autocast: dict[fx.Node, torch.dtype] = field(default_factory=dict)
+    """For each node in an autocast region of the graph, the dtype of its products; what the node's
+    fake value says of it is not true there."""
+
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
@@ -253,6 +259,7 @@ def from_dynamo(
         captured.inputs[node] = _described(source, names, arguments, captured)
     normalize(module)
     captured.written = written_nodes(module.graph)
+    captured.without_grad, captured.autocast = regions(module.graph)
     return captured
 
 
@@ -412,6 +419,31 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
         for target in _targets(node):
             written |= _same_memory(target)
     return frozenset(written)
+
+
+def regions(graph: fx.Graph) -> tuple[frozenset[fx.Node], dict[fx.Node, torch.dtype]]:
+    """The nodes in regions without gradients, and those in regions with autocast."""
+    without_grad: set[fx.Node] = set()
+    casts: dict[fx.Node, torch.dtype] = {}
+    may_record = records = torch.is_grad_enabled()
+    entered: dict[fx.Node, torch.dtype | None] = {}
+    for node in graph.nodes:
+        match getattr(node.target, "__name__", ""):
+            case "_set_grad_enabled":
+                records = bool(node.args[0])
+            case "_enter_autocast":
+                device, dtype, enabled = cast("tuple[str, Any, bool]", node.args[:3])
+                dtype = torch.get_autocast_dtype(device) if dtype is None else dtype
+                entered[node] = dtype if enabled else None
+            case "_exit_autocast":
+                entered.pop(cast(fx.Node, node.args[0]), None)
+            case _:
+                if may_record and not records:
+                    without_grad.add(node)
+                inner = next(reversed(entered.values()), None)
+                if inner is not None:
+                    casts[node] = inner
+    return frozenset(without_grad), casts
 
 
 def _targets(node: fx.Node) -> list[fx.Node]:

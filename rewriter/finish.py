@@ -48,6 +48,8 @@ def finish(
     raw: tuple[Formula, Index],
 ) -> Lifted:
     """The spec in canonical symbols, and the site that describes it."""
+    if mask.has(PRODUCT):
+        raise Unreadable("which keys are seen depends on the scores")
     q, k, v = _fitted(q, k, v, frame)
     factor = as_number(reader.scalar(1))
     for side in (q, k):

@@ -3,7 +3,7 @@ symbols."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -28,13 +28,22 @@ def _hides(value: Expr) -> bool:
     return bool(value.is_number and (float(value) == HIDDEN[0] or float(value) <= HIDDEN[1]))
 
 
-def split_mask(score: Expr) -> tuple[Expr, Boolean, str]:
+def split_mask(
+    score: Expr, product: Symbol, trained: Callable[[Expr], bool] = lambda _: False
+) -> tuple[Expr, Boolean, str]:
     """Takes out of a score what hides keys.
+
+    Args:
+        score: as read from the graph.
+        product: what stands for the product of queries and keys.
+        trained: a formula reads a tensor that may want a gradient.
 
     Returns:
         The score where keys are seen, the condition under which they are, and how the others are
         hidden: one of `rewriter.spec.MASKED`. Where keys are hidden by finite numbers in two ways,
-        all stay in the score: which keys a row averages that sees none depends on both.
+        all stay in the score: which keys a row averages that sees none depends on both. So they do
+        where the number replaces one part of the score and another part wants a gradient: in a row
+        that sees no key, only the other part gets one.
     """
     whole = score
     mask: list[Boolean] = []
@@ -60,7 +69,10 @@ def split_mask(score: Expr) -> tuple[Expr, Boolean, str]:
             if not isinstance(term, Where) or (hit := _hidden_branch(term)) is None:
                 continue
             condition, rest, value = hit
-            found = "nan" if value == -sympy.oo else "add"
+            found = "nan" if value == -sympy.oo else "mean" if rest.has(product) else "add"
+            apart = score - term if found == "mean" else rest
+            if found != "nan" and trained(apart) and not _every_row_sees(condition):
+                return whole, sympy.true, "zero"
             if not way or way == found == "nan":  # twice the most negative number is minus infinity
                 mask.append(condition)
                 score, way, changed = score - term + rest, found, True
@@ -68,6 +80,11 @@ def split_mask(score: Expr) -> tuple[Expr, Boolean, str]:
     if way in ("add", "mean") and any(_hidden_branch(term) for term in score.atoms(Where)):
         return whole, sympy.true, "zero"
     return score, cast(Boolean, sympy.And(*mask)), way or "zero"
+
+
+def _every_row_sees(condition: Boolean) -> bool:
+    """Every row sees a key: the first one."""
+    return bool(condition.xreplace({sym.k: Integer(0)}) == sympy.true)
 
 
 def _hidden_branch(term: Where) -> tuple[Boolean, Expr, Expr] | None:

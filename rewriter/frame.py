@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import sympy
 import torch
@@ -15,12 +15,23 @@ from rewriter import symbols as sym
 from rewriter.find import Found
 from rewriter.indices import Bounds
 from rewriter.operands import Operand
-from rewriter.reading import Index, Reader
+from rewriter.reading import Index, Reader, is_float, op_name
 from rewriter.rules import RULES
+from rewriter.rules_layout import has_float_input
 from rewriter.sites import Site
 from rewriter.symbols import Formula
 
-__all__ = ["COLUMN", "PRODUCT", "WEIGHT", "Frame", "GraphFacts", "Lifted", "frame_of", "reader_of"]
+__all__ = [
+    "COLUMN",
+    "PRODUCT",
+    "WEIGHT",
+    "Frame",
+    "GraphFacts",
+    "Lifted",
+    "frame_of",
+    "reader_of",
+    "trained_by",
+]
 
 WEIGHT = Symbol("weight", real=True)
 PRODUCT = Symbol("product", real=True)
@@ -32,6 +43,8 @@ class GraphFacts(Protocol):
 
     written: frozenset[fx.Node]
     """Tensors that are written in place."""
+    without_grad: frozenset[fx.Node]
+    """Nodes in a region that records no gradient, in a graph that does."""
 
     def constant(self, node: fx.Node) -> torch.Tensor | None:
         """The value of a node that never changes."""
@@ -131,11 +144,39 @@ def reader_of(
     bounds: Bounds,
     stop: Callable[[fx.Node, Index], Formula | None] = lambda node, index: None,
 ) -> Reader:
-    """A reader that does not look through a tensor that is written in place."""
+    """A reader that does not look through a tensor that is written in place, or through one to
+    which no gradient flows although its sources may want one."""
 
     def guarded(node: fx.Node, index: Index) -> Formula | None:
         found = stop(node, index)
-        return reader.leaf(node, index) if found is None and node in facts.written else found
+        if found is not None:
+            return found
+        ends = node in facts.written or (node in facts.without_grad and has_float_input(node))
+        return reader.leaf(node, index) if ends else None
 
     reader = Reader(bounds, facts.constant, RULES, guarded)
     return reader
+
+
+def trained_by(facts: GraphFacts, reader: Reader) -> Callable[[Expr], bool]:
+    """Whether a formula reads a tensor that may want a gradient: one that is computed from a
+    parameter or from a floating input."""
+
+    def wants(node: fx.Node) -> bool:
+        seen, open_nodes = {node}, [node]
+        while open_nodes:
+            x = open_nodes.pop()
+            if op_name(x) == "aten.detach":
+                continue
+            is_given = x.op == "placeholder" and is_float(x) and facts.constant(x) is None
+            if is_given and not facts.origin(x)[1].startswith("buffer"):
+                return True
+            new = [y for y in x.all_input_nodes if y not in seen]
+            seen.update(new)
+            open_nodes.extend(new)
+        return False
+
+    def trained(formula: Expr) -> bool:
+        return any(wants(reader.leaves[cast(Symbol, r.args[0])]) for r in sym.reads(formula))
+
+    return trained

@@ -165,6 +165,8 @@ class _Maker:
         if lifted.out_order != tuple(range(len(lifted.out_order))):
             node = self.call(aten.permute.default, (node, list(lifted.out_order)))
         wanted = value_of(self.like).dtype
+        if wanted != torch.float64:  # autocast leaves that alone
+            wanted = self.captured.autocast.get(self.like, wanted)
         if value_of(node) is not None and value_of(node).dtype != wanted:
             node = self.call(aten.to.dtype, (node, wanted))
         return node

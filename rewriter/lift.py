@@ -18,6 +18,7 @@ from rewriter.lift_sdpa import lift_sdpa
 from rewriter.lift_softmax import lift_softmax
 from rewriter.operands import Unreadable
 from rewriter.reading import op_name
+from rewriter.rules_layout import has_float_input
 from rewriter.sites import Site
 
 __all__ = ["lift"]
@@ -40,6 +41,7 @@ def lift(found: Found, facts: GraphFacts, opaque: bool = False) -> Lifted:
         lift_form = lift_sdpa if op_name(found.anchor) == SDPA else lift_softmax
         lifted = lift_form(found, facts, site, opaque)
         _refuse_overwritten(lifted, anchor, facts)
+        _refuse_partly_without_grad(lifted, anchor, facts)
         return lifted
     except Unreadable as error:
         return Lifted(replace(site, reason=str(error)), found)
@@ -54,3 +56,19 @@ def _refuse_overwritten(lifted: Lifted, end: fx.Node, facts: GraphFacts) -> None
             raise Unreadable(
                 f"{facts.origin(node)[0]} is written in place while the attention is computed"
             )
+
+
+def _refuse_partly_without_grad(lifted: Lifted, end: fx.Node, facts: GraphFacts) -> None:
+    """Refuses a site of which a part records no gradient: its op node would let one through."""
+    ends = {x.node for x in (lifted.q, lifted.k, lifted.v) if x is not None} | {*lifted.tensors}
+    seen, open_nodes = {end}, [end]
+    while open_nodes:
+        for node in open_nodes.pop().all_input_nodes:
+            if node in seen or node in ends:
+                continue
+            if (node in facts.without_grad) != (end in facts.without_grad) and has_float_input(
+                node
+            ):
+                raise Unreadable("a part of it is computed without gradients, and another is not")
+            seen.add(node)
+            open_nodes.append(node)

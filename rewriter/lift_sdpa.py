@@ -15,7 +15,7 @@ from rewriter import symbols as sym
 from rewriter.find import Found
 from rewriter.finish import finish
 from rewriter.formulas import split_mask
-from rewriter.frame import COLUMN, PRODUCT, GraphFacts, Lifted, frame_of, reader_of
+from rewriter.frame import COLUMN, PRODUCT, GraphFacts, Lifted, frame_of, reader_of, trained_by
 from rewriter.indices import as_number, as_truth, compare
 from rewriter.operands import operand
 from rewriter.reading import Index, shape_of, value_of
@@ -62,7 +62,9 @@ def lift_sdpa(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> Lift
         if value_of(attn_mask).dtype == torch.bool:
             mask = as_truth(raw)
         else:
-            bias, mask, how = split_mask(as_number(raw) + PRODUCT)
+            bias, mask, how = split_mask(
+                as_number(raw) + PRODUCT, PRODUCT, trained_by(facts, reader)
+            )
             bias = bias - PRODUCT
             masked = "zero" if how == "nan" else how
     if given.get("is_causal"):

@@ -13,7 +13,17 @@ from rewriter.contraction import Contraction, contraction_of
 from rewriter.find import PROJECTIONS, Found
 from rewriter.finish import finish
 from rewriter.formulas import split_mask
-from rewriter.frame import COLUMN, WEIGHT, Frame, GraphFacts, Lifted, frame_of, reader_of
+from rewriter.frame import (
+    COLUMN,
+    PRODUCT,
+    WEIGHT,
+    Frame,
+    GraphFacts,
+    Lifted,
+    frame_of,
+    reader_of,
+    trained_by,
+)
 from rewriter.indices import as_number
 from rewriter.operands import Unreadable, operand, split_of_heads
 from rewriter.reading import Index, op_name, shape_of
@@ -84,14 +94,14 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
     _check_axis(found.anchor, at)
 
     scores = ScoreReader(facts, frame, opaque)
-    source, source_index = without_shift(cast(fx.Node, found.anchor.args[0]), at)
+    source, source_index = without_shift(found.anchor, at)
     raw = scores.reader.at(source, source_index)
     if scores.product is None:
         if any(node in facts.written for node in scores.reader.leaves.values()):
             raise Unreadable("its scores are written in place, in a way that is not understood")
         raise Unreadable("no product of queries with keys was found in its scores")
     sink = sink_of(scores.reader, source, source_index, cast(int, found.anchor.args[1]), frame)
-    score, mask, masked = split_mask(as_number(raw))
+    score, mask, masked = split_mask(as_number(raw), PRODUCT, trained_by(facts, scores.reader))
     if sink is not None and masked in ("add", "mean"):
         masked = "zero"
     product, product_index = scores.product, scores.index
@@ -191,6 +201,8 @@ def _weights_at(
             reached.append(at)
             return cast(Expr, WEIGHT)
         if op_name(node) == "aten.dropout" and node.args[2] and node.args[1]:
+            if dropout:
+                raise Unreadable("its weights are dropped out twice")
             dropout = float(cast(float, node.args[1]))
             return reader.at(cast(fx.Node, node.args[0]), at)
         return None

@@ -7,7 +7,7 @@ scalar factors on q or k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -77,10 +77,13 @@ def operand(
             dimensions.
     """
     _know_columns(reader, node, index)
+    read = {i: n for i, n in zip(index, shape_of(node), strict=True) if i.is_Symbol}
+    sizes: dict[Expr, Expr] = {**reader.bounds.sizes, **read}
+    sizes |= {x: reader.bounds.sizes[x] for x in (sym.b, sym.h) if x in reader.bounds.sizes}
     best: Operand | None = None
     factors: tuple[tuple[Any, bool], ...] = ()
     while True:
-        here = _canonical(node, index, row, factors)
+        here = _canonical(node, index, row, factors) if _is_whole(node, index, sizes) else None
         if here is not None and _better(here, best):
             best = here
         step = step_up(reader, node, index)
@@ -94,6 +97,32 @@ def operand(
             f"an operand of the product is read at {index}, not as [batch, heads, rows, columns]"
         )
     return best
+
+
+def _is_whole(node: fx.Node, index: Index, sizes: Mapping[Expr, Expr]) -> bool:
+    """The index visits every element of the tensor: it is no larger than what the product reads."""
+    for size, i in zip(shape_of(node), index, strict=True):
+        count = _count(i, sizes)
+        if count is not None and sympy.expand(count - size) != 0:
+            return False
+    return True
+
+
+def _count(index: Expr, sizes: Mapping[Expr, Expr]) -> Expr | None:
+    """How many positions an index visits, counted from 0; None if that is not known."""
+    if index in sizes:
+        return sizes[index]
+    if index.is_Integer:
+        return Integer(1) if index == 0 else None
+    if isinstance(index, IMod):
+        return cast(Expr, index.args[1])
+    if isinstance(index, IDiv):
+        count = _count(index.args[0], sizes)
+        return None if count is None else cast(Expr, sympy.cancel(count / index.args[1]))
+    slope = index.coeff(sym.b)
+    if slope != 0 and _count(sympy.expand(index - slope * sym.b), sizes) == slope:
+        return slope * sizes[sym.b]
+    return None
 
 
 def _know_columns(reader: Reader, node: fx.Node, index: Index) -> None:
@@ -182,8 +211,10 @@ def _is_head(index: Expr) -> bool:
 
 
 def _is_batch(lead: list[Expr], sizes: list[Expr]) -> bool:
-    """The dimensions together count the batch: `(⌊b/n⌋, b mod n)` and longer."""
-    if lead == [sym.b]:
+    """The dimensions together count the batch: `(⌊b/n⌋, b mod n)` and longer, ones left out."""
+    kept = [n for n, (i, size) in enumerate(zip(lead, sizes, strict=True)) if i != 0 or size != 1]
+    lead, sizes = [lead[n] for n in kept], [sizes[n] for n in kept]
+    if lead in ([], [sym.b]):
         return True
     last, size = lead[-1], sizes[-1]
     if not (isinstance(last, IMod) and last.args == (sym.b, size)):

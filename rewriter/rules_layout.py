@@ -28,7 +28,14 @@ from rewriter.reading import (
 )
 from rewriter.symbols import Formula, IMod, Maximum, Minimum, Where
 
-__all__ = ["LAYOUT", "getitem", "permute_index", "slice_index", "view_index"]
+__all__ = [
+    "LAYOUT",
+    "getitem",
+    "has_float_input",
+    "permute_index",
+    "slice_index",
+    "view_index",
+]
 
 
 # --- layout ---------------------------------------------------------------------------------------
@@ -41,10 +48,10 @@ def _same_element(r: Reader, node: fx.Node, index: Index) -> Formula | None:
 def _detached(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     """Looked through only where no gradient could flow: what reads the tensor behind it would let
     it through."""
-    return None if _has_float_input(node) else r.at(source_of(node), index)
+    return None if has_float_input(node) else r.at(source_of(node), index)
 
 
-def _has_float_input(node: fx.Node) -> bool:
+def has_float_input(node: fx.Node) -> bool:
     """The node is computed from an input of the graph that may ask for a gradient."""
     seen, open_nodes = {node}, [node]
     while open_nodes:

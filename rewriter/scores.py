@@ -30,13 +30,15 @@ __all__ = [
 ]
 
 
-def without_shift(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
-    """The scores before a row's maximum is taken off them, which does not change their softmax."""
+CASTS = ("aten.to", "aten._to_copy", "aten.float", "aten.double", "aten.type_as")
+
+
+def without_shift(anchor: fx.Node, index: Index) -> tuple[fx.Node, Index]:
+    """The scores of a softmax before the maximum along its axis is taken off them, which does not
+    change it."""
+    node, axis = cast(fx.Node, anchor.args[0]), cast(int, anchor.args[1]) % len(index)
     while True:
-        if (
-            op_name(node) in ("aten.to", "aten._to_copy", "aten.float")
-            and value_of(node).is_floating_point()
-        ):
+        if op_name(node) in CASTS and value_of(node).is_floating_point():
             source = cast(fx.Node, node.args[0])
             if value_of(source).shape == value_of(node).shape and op_name(source) == "aten.sub":
                 node = source
@@ -57,8 +59,9 @@ def without_shift(node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
         dim = dims[0] if isinstance(dims, list | tuple) and len(dims) == 1 else dims
         if (
             not isinstance(dim, int)
-            or dim % len(index) != len(index) - 1
-            or shape_of(shift)[-1:] != (Integer(1),)
+            or dim % len(index) != axis
+            or len(shape_of(shift)) != len(index)
+            or shape_of(shift)[axis] != 1
         ):
             return node, index
         node = source
@@ -141,7 +144,7 @@ def first_product(
 ) -> list[tuple[fx.Node, Index]]:
     """The operands of the score's product with their indices, from a first reading."""
     scores = ScoreReader(facts, frame, opaque=False)
-    source, index = without_shift(cast(fx.Node, anchor.args[0]), at)
+    source, index = without_shift(anchor, at)
     scores.reader.at(source, index)
     if scores.product is None:
         return []
@@ -178,6 +181,8 @@ def sink_of(reader: Reader, source: fx.Node, index: Index, dim: int, frame: Fram
         return None
     if extra != 1:
         raise Unreadable(f"the softmax has {extra} more columns than there are keys")
+    while op_name(source) in CASTS and value_of(source).is_floating_point():
+        source = cast(fx.Node, source.args[0])
     if op_name(source) != "aten.cat":
         raise Unreadable("the softmax has a column that is not concatenated to the scores")
     parts = cast("list[fx.Node]", source.args[0])

@@ -176,6 +176,63 @@ def test_a_detached_bias_gets_no_gradient() -> None:
     assert model.bias.grad is None
 
 
+class Frozen(nn.Module):
+    """Attention of which some parts record no gradient."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        with torch.set_grad_enabled(self.part != "scores"):
+            score = q @ k.mT
+        with torch.set_grad_enabled(self.part != "bias"):
+            bias = self.bias * torch.arange(x.shape[1])
+        with torch.set_grad_enabled(self.part != "keys"):
+            k = k * 0.5
+        score = q @ k.mT if self.part == "keys" else score
+        return (score + bias).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(
+    ("part", "rewritten", "frozen"),
+    [
+        ("scores", 0, {"q.weight", "k.weight"}),
+        ("bias", 1, {"bias"}),
+        ("keys", 0, {"k.weight"}),
+        ("none", 1, set()),
+    ],
+)
+def test_what_records_no_gradient_gets_none(part: str, rewritten: int, frozen: set[str]) -> None:
+    model = rewriter.optimize(Frozen(part), FUSE)
+    model(tokens()).sum().backward()
+    assert len(rewriter.report_of(model).rewritten) == rewritten
+    without = {n for n, p in model.named_parameters() if p.grad is None and "weight" in n}
+    without |= {"bias"} if model.bias.grad is None else set()
+    assert without == frozen
+
+
+def test_regions_without_gradients_do_not_matter_where_none_are_recorded() -> None:
+    model = rewriter.optimize(Frozen("scores"), FUSE)
+    with torch.no_grad():
+        model(tokens())
+    assert len(rewriter.report_of(model).rewritten) == 1
+
+
+def test_an_attention_under_autocast_gives_the_dtype_of_autocast() -> None:
+    class Casting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return (x @ x.mT).softmax(-1) @ x
+
+    model = rewriter.optimize(Casting(), FUSE)
+    assert model(tokens()).dtype == Casting()(tokens()).dtype == torch.bfloat16
+    assert len(rewriter.report_of(model).rewritten) == 1
+
+
 @pytest.mark.parametrize("where", ["outside", "inside"])
 def test_autocast_gives_the_dtype_and_the_precision_of_the_original(where: str) -> None:
     class Casting(Model):

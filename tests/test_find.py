@@ -112,6 +112,16 @@ def test_mixing_of_heads_is_not_taken_for_a_gate() -> None:
     assert found.reason == "its weights are changed by aten.linear before they meet the values"
 
 
+def test_weights_that_are_dropped_twice_are_left_alone() -> None:
+    def dropped(m: Function, x: Tensor) -> Tensor:
+        weights = F.dropout((m.a(x) @ m.b(x).mT).softmax(-1), 0.5, True)
+        return F.dropout(weights, 0.3, True) @ m.c(x)
+
+    graph = captured(dropped)
+    (found,) = find(graph.graph)
+    assert lift(found, graph).site.reason == "its weights are dropped out twice"
+
+
 @pytest.mark.parametrize(
     ("spelled", "path"),
     [

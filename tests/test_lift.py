@@ -415,6 +415,28 @@ def bias_by_distance(q, k, v, pad):
     return (scores(q, k) + slopes * (j - i)).softmax(-1) @ v
 
 
+@spelling(
+    "softmax( s + (-1.79769e+308 if ¬pad[b, q] else mean[b, h, k]) ) · v, s = q·k/2",
+)
+def bias_filled(q, k, v, pad):
+    """In a row without keys, a gradient goes to the scores and none to the bias."""
+    bias = k.mean(-1).unsqueeze(-2).masked_fill(~pad[:, None, :, None], LOWEST)
+    return (scores(q, k) + bias).softmax(-1) @ v
+
+
+@spelling("softmax( (-1.79769e+308 if ¬pad[b, q] else s) + mean[b, h, k] ) · v, s = q·k/2")
+def bias_added_to_filled_scores(q, k, v, pad):
+    """In a row without keys, a gradient goes to the bias and none to the scores."""
+    score = scores(q, k).masked_fill(~pad[:, None, :, None], LOWEST)
+    return (score + k.mean(-1).unsqueeze(-2)).softmax(-1) @ v
+
+
+@spelling("softmax( s + mean[b, h, k] | k ≤ q ) · v, s = q·k/2")
+def bias_added_where_each_row_sees_a_key(q, k, v, pad):
+    score = scores(q, k).masked_fill(~bool_causal(q, k), LOWEST)
+    return (score + k.mean(-1).unsqueeze(-2)).softmax(-1) @ v
+
+
 @spelling("softmax( s | pad[b, q] ) · v, s = q·k/2")
 def rows_without_keys_filled(q, k, v, pad):
     return scores(q, k).masked_fill(~pad[:, None, :, None], LOWEST).softmax(-1) @ v
@@ -493,6 +515,13 @@ def key_heads_expanded(q, k, v, pad):
 
 
 @spelling(PLAIN)
+def groups_of_one_sequence(q, k, v, pad):
+    """With one sequence, the batch of the five dimensions is the key heads."""
+    q, k, v = q[:1].unflatten(1, (2, 1)), k[:1, :, None], v[:1, :, None]
+    return (q @ k.mT * 0.5).softmax(-1) @ v
+
+
+@spelling(PLAIN)
 def one_key_head_and_many_value_heads(q, k, v, pad):
     return scores(q, k[:, :1]).softmax(-1) @ v
 
@@ -523,6 +552,38 @@ def sink_less_the_row_maximum(q, k, v, pad):
 def sink_of_rows_without_keys(q, k, v, pad):
     score = scores(q, k).masked_fill(~pad[:, None, :, None], LOWEST)
     return torch.cat([score, sink_column(q)], -1).softmax(-1)[..., :-1] @ v
+
+
+@spelling("softmax( s ; sink tensor_constant0[h] ) · v, s = q·k/2")
+def sink_of_cast_scores(q, k, v, pad):
+    score = torch.cat([scores(q, k), sink_column(q)], -1)
+    return score.double().softmax(-1)[..., :-1] @ v
+
+
+@spelling("softmax( s ) · v")
+def first_of_scaled_queries(q, k, v, pad):
+    return ((q * 0.5)[:, :, :5] @ k.mT).softmax(-1) @ v
+
+
+@spelling("softmax( s ) · v")
+def first_of_scaled_keys(q, k, v, pad):
+    return (q @ (k * 0.5)[:, :, :5].mT).softmax(-1) @ v[:, :, :5]
+
+
+@spelling("softmax( s ) · v")
+def first_of_scaled_channels(q, k, v, pad):
+    return ((q * 0.5)[..., :2] @ (k * 0.5)[..., :2].mT).softmax(-1) @ v
+
+
+@spelling("softmax( s ) · v")
+def first_of_scaled_sequences(q, k, v, pad):
+    return ((q * 0.5)[:1] @ k[:1].mT).softmax(-1) @ v[:1]
+
+
+@spelling(PLAIN)
+def first_of_repeated_keys(q, k, v, pad):
+    k, v = (x[:, :1].repeat_interleave(H, 1)[:, :, :5] for x in (k, v))
+    return scores(q, k).softmax(-1) @ v
 
 
 @spelling(PLAIN)
@@ -578,6 +639,26 @@ def weights_mixed_across_heads(q, k, v, pad):
 )
 def softmax_over_queries(q, k, v, pad):
     return scores(q, k).softmax(-2) @ v
+
+
+@left_alone("attention", "the scores are changed by what is computed from them (aten.amax)")
+def scores_less_the_maximum_of_other_rows(q, k, v, pad):
+    score = k @ q.mT * 0.5
+    return (score - score.amax(-1, keepdim=True)).softmax(-2).mT @ v
+
+
+@left_alone("attention", "which keys are seen depends on the scores")
+def positive_scores_only(q, k, v, pad):
+    score = scores(q, k)
+    return score.masked_fill(score < 0, LOWEST).softmax(-1) @ v
+
+
+@left_alone(
+    "attention",
+    "an operand of the product is read at (b, q, d), not as [batch, heads, rows, columns]",
+)
+def weights_of_the_first_head(q, k, v, pad):
+    return scores(q, k)[:, :1].softmax(-1) @ v
 
 
 @left_alone(
