@@ -17,6 +17,7 @@ from sympy import Expr
 from torch import Tensor
 
 from rewriter import symbols as sym
+from rewriter.errors import ShapeError
 from rewriter.frame import GraphFacts, Lifted
 from rewriter.indices import Bounds
 from rewriter.operands import Operand
@@ -46,6 +47,8 @@ def output_disagreement(lifted: Lifted, facts: GraphFacts) -> str:
     for small in (True, False):
         try:
             return _compare(lifted, facts, small=small)
+        except ShapeError as error:
+            return f"its operands do not fit the formula: {error}"
         except Exception as error:
             problem = error
     if isinstance(problem, Skip):

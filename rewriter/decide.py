@@ -16,7 +16,7 @@ from torch import nn
 from rewriter import lowering
 from rewriter import symbols as sym
 from rewriter.capture import Captured
-from rewriter.check import disagreement
+from rewriter.check import disagreement, fingerprint
 from rewriter.check_output import output_disagreement
 from rewriter.errors import LoweringError
 from rewriter.find import Found, find
@@ -59,14 +59,14 @@ class State:
     """For each graph, torch's number of the code that it was made from."""
     softmaxes: int = 0
     """Softmax nodes that are left in the graphs."""
-    breaks: int = 0
-    """Graph breaks."""
+    breaks: set[str] = field(default_factory=set)
+    """Places in the source where torch could not go on with a graph."""
 
     def report(self) -> Report:
         notes = tuple(dict.fromkeys(self.notes))
         recompiles = len(self.frames) - len(set(self.frames))
         return Report(
-            tuple(self.sites), self.graphs, notes, self.softmaxes, self.breaks, recompiles
+            tuple(self.sites), self.graphs, notes, self.softmaxes, len(self.breaks), recompiles
         )
 
 
@@ -141,19 +141,24 @@ def _lifted(
     lifted = lift(found, captured)
     if lifted.site.spec is None:
         return lifted
-    key = _key(lifted)
+    key = _key(lifted, captured)
     if key not in verdicts:
         verdicts[key] = _verdict(lifted, captured)
     problem, note = verdicts[key]
     return _opaque(lifted, captured, problem) if problem else _noted(lifted, note)
 
 
-def _key(lifted: Lifted) -> tuple[Any, ...]:
-    """What two sites have in common that need one check between them."""
+def _key(lifted: Lifted, captured: Captured) -> tuple[Any, ...]:
+    """What two sites have in common that need one check between them: the graph that was read as
+    well as the formula, or a misread site would pass for another one."""
     operands = [cast(Any, x).steps for x in (lifted.q, lifted.k, lifted.v)]
     sizes = tuple(cast(Bounds, lifted.bounds).sizes.values())
     layout = (str(operands), lifted.out_order, lifted.lead)
-    return cast(SoftmaxSpec, lifted.site.spec).digest(), sizes, layout
+    try:
+        graph = fingerprint(lifted, captured)
+    except Skip:
+        graph = lifted.site.path
+    return cast(SoftmaxSpec, lifted.site.spec).digest(), sizes, layout, graph
 
 
 def _verdict(lifted: Lifted, captured: Captured) -> tuple[str, str]:

@@ -10,15 +10,19 @@ import torch
 from sympy import Expr, Symbol
 from torch import fx
 
+from rewriter import symbols as sym
 from rewriter.contraction import Contraction, contraction_of
 from rewriter.frame import GraphFacts, Lifted
 from rewriter.indices import as_size, concrete
 from rewriter.reading import op_name, shape_of, value_of
 
-__all__ = ["MAX_ELEMENTS", "Sample", "Skip", "concrete_expr"]
+__all__ = ["LONGEST_SMALL", "MAX_ELEMENTS", "Sample", "Skip", "concrete_expr"]
 
 MAX_NODES = 2000
 MAX_ELEMENTS = 2**24
+_SMALL = (5, 3, 7, 4, 6)
+LONGEST_SMALL = min(_SMALL)
+"""Distances between positions are smaller than this at every small size."""
 
 
 class Skip(Exception):
@@ -44,6 +48,7 @@ class Sample:
         product: fx.Node | None = None,
         seed: int = 0,
         small: bool = True,
+        length: int = 0,
     ) -> None:
         """
         Args:
@@ -55,6 +60,7 @@ class Sample:
                 operation adds to it is computed.
             seed: of the random values.
             small: every symbolic size is a small number; else what it was at the capture.
+            length: what the symbolic numbers of queries and keys are instead, and other sizes 2.
         """
         self.facts = facts
         self.leaves = frozenset(leaves)
@@ -66,6 +72,7 @@ class Sample:
         self.raw_product: torch.Tensor | None = None
         self.added = self.contraction.added if self.contraction is not None else None
         nodes = self._needed([*ends, *leaves, *([product] if product is not None else [])])
+        self.nodes = nodes
         symbols = {x for n in nodes for x in _symbols(n)}
         symbols |= (
             {x for size in lifted.bounds.sizes.values() for x in size.free_symbols}
@@ -73,7 +80,10 @@ class Sample:
             else set()
         )
         for n, symbol in enumerate(sorted(symbols, key=str)):
-            self.shape[symbol] = (5, 3, 7, 4, 6)[n % 5] + n // 5
+            self.shape[symbol] = _SMALL[n % 5] + n // 5
+        if length and lifted.bounds is not None:
+            long = {x for i in (sym.q, sym.k) for x in lifted.bounds.sizes[i].free_symbols}
+            self.shape |= {x: length if x in long else 2 for x in symbols}
         if not small:
             inputs = [n for n in lifted.found.anchor.graph.nodes if n.op == "placeholder"]
             self.shape |= {x: n for node in (*inputs, *nodes) for x, n in hints(node).items()}
