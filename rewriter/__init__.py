@@ -3,6 +3,7 @@
 model = rewriter.optimize(model)                    # exact; the same module object
 print(rewriter.inspect(model, inputs))              # each attention, its formula, and why
 rewriter.verify(original, model, inputs)            # raises if they differ
+rewriter.bisect(original, model, inputs)            # names the site and the stage that differ
 rewriter.export_onnx(model, inputs, "model.onnx")   # run in ONNX Runtime before it returns
 rewriter.restore(model)
 """
@@ -15,11 +16,13 @@ from rewriter.passbase import Pass, option
 from rewriter.report import Report, SiteReport
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, TensorArg
-from rewriter.verify import VerifyReport, verify
+from rewriter.verify import Behaviour, Culprit, VerifyReport, behaviour, bisect, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Behaviour",
+    "Culprit",
     "Pass",
     "Report",
     "Site",
@@ -27,6 +30,8 @@ __all__ = [
     "SoftmaxSpec",
     "TensorArg",
     "VerifyReport",
+    "behaviour",
+    "bisect",
     "errors",
     "export_onnx",
     "inspect",

@@ -8,6 +8,7 @@ the traceback.
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import logging
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console, RenderableType
@@ -55,6 +56,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of the random text that is run.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows of the random batch that is run.")]
+
+
+class Against(enum.Enum):
+    """What `verify` compares with."""
+
+    ORIGINAL = "original"
+    REFERENCE = "reference"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,6 +200,14 @@ def verify_command(
     generate: Annotated[
         int | None, typer.Option(min=1, help="Compare this many greedy tokens too.")
     ] = None,
+    against: Annotated[
+        Against,
+        typer.Option(help="Compare with the original, or with the dense reference of the passes."),
+    ] = Against.ORIGINAL,
+    memory: Annotated[
+        bool, typer.Option(help="Measure what each site allocates; takes --length 512 or more.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page, too.")] = None,
     device: Device = "cpu",
     batch: Batch = 2,
     length: Length = 16,
@@ -204,6 +220,8 @@ def verify_command(
     from rewriter.verify import verify
 
     notes: list[str] = []
+    if html is not None and (html.suffix != ".html" or not html.parent.is_dir()):
+        raise InputError(f"--html {html}: give an .html file in a directory that exists")
     with _working(debug) as step:
         original, _ = _open(directory, device, step)
         model, plan = _open(other, device, step)
@@ -212,8 +230,17 @@ def verify_command(
         step("comparing")
         inputs = _inputs(original, batch, length)
         report = verify(
-            original, model, inputs, gradients=gradients, raises=False, generate=generate
+            original,
+            model,
+            inputs,
+            gradients=gradients,
+            raises=False,
+            generate=generate,
+            against=cast(Any, against.value),
+            memory=memory,
         )
+        if html is not None:
+            report.save(html)
         if plan.passes:
             changed = checkpoint.changed_sites(other, model)
             notes = [f"computed by another formula than the plan records: {x}" for x in changed]

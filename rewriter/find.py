@@ -23,7 +23,7 @@ from rewriter.contraction import contraction_of
 from rewriter.reading import op_name, shape_of, value_of
 from rewriter.sites import Kind
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "find", "softmaxes"]
 
 SOFTMAX = ("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax")
 SDPA = "aten.scaled_dot_product_attention"
@@ -108,6 +108,12 @@ def find(graph: fx.Graph) -> list[Found]:
         elif op_name(node) in SOFTMAX:
             found.append(_follow(node, flow))
     return found
+
+
+def softmaxes(graph: fx.Graph) -> int:
+    """How many anchors the graph has."""
+    calls = (op_name(node) for node in graph.nodes if node.op == "call_function")
+    return sum(name == SDPA or name in SOFTMAX for name in calls)
 
 
 def _follow(anchor: fx.Node, flow: networkx.DiGraph) -> Found:

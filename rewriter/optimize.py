@@ -12,12 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._dynamo.utils import graph_break_reasons
 
 from rewriter import lowering
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of
 from rewriter.errors import CaptureError, InputError, SelectorError
+from rewriter.find import softmaxes
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
 from rewriter.report import Report, SiteReport
@@ -86,8 +88,10 @@ def _install(model: nn.Module, state: State) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         module = cast(nn.Module, alive())
         _keep_image_size(module, args, kwargs)
+        known = len(graph_break_reasons)
         with capturing():
             out = compiled(module, *args, **kwargs)
+        state.breaks |= {str(r.user_stack[-1:]) for r in graph_break_reasons[known:]}
         if state.failure is not None:
             restore(module)
             raise state.failure
@@ -280,6 +284,8 @@ class _Backend:
         model = cast(nn.Module, self.model())
         number = self.state.graphs
         self.state.graphs += 1
+        compiling = torch._guards.CompileContext.current_compile_id()
+        self.state.frames.append(-1 if compiling is None else int(compiling.frame_id or 0))
         sites: list[SiteReport] = []
         try:
             names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
@@ -306,7 +312,9 @@ class _Backend:
     def _run(self, gm: fx.GraphModule, captured: Captured, planned: Planned) -> Callable[..., Any]:
         watcher, target = self.state.watcher, self.state.target
         if watcher is None:
-            return assembled(gm, captured, planned, target)
+            run = assembled(gm, captured, planned, target)
+            self.state.softmaxes += softmaxes(captured.graph)
+            return run
         form = watched(captured, planned, target)
         return lambda *args: watcher(form, args)
 

@@ -63,6 +63,12 @@ class Report:
     sites: tuple[SiteReport, ...] = ()
     graphs: int = 0
     notes: tuple[str, ...] = ()
+    softmaxes: int = 0
+    """Softmax and `scaled_dot_product_attention` nodes that are left in the graphs."""
+    breaks: int = 0
+    """Places where torch could not go on with a graph."""
+    recompiles: int = 0
+    """Graphs of code that had one already: for other shapes, or another mode."""
 
     @property
     def attention(self) -> tuple[SiteReport, ...]:
@@ -85,6 +91,9 @@ class Report:
             "attention": len(self.attention),
             "rewritten": len(self.rewritten),
             "opaque_reads": self.opaque,
+            "softmaxes": self.softmaxes,
+            "graph_breaks": self.breaks,
+            "recompiles": self.recompiles,
             "notes": list(self.notes),
             "sites": [s.to_dict() for s in self.sites],
         }

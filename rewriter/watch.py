@@ -8,7 +8,7 @@ formula. `ours` is what `optimize` runs. Nothing here compares the two: `rewrite
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from rewriter.assemble import chooser, copied
 from rewriter.capture import Captured
 from rewriter.decide import Planned, Work
+from rewriter.find import softmaxes
 from rewriter.insert import REPLACED, insert, operands_of
 from rewriter.reading import value_of
 from rewriter.report import SiteReport
@@ -38,6 +39,8 @@ class SiteCall:
     tensors: tuple[Tensor, ...]
     """In the order of the tensors of the site's own spec, or of its new one where it has one."""
     sizes: tuple[int, ...]
+    rewritten: bool = False
+    """An op node computed it, not the model's own code."""
 
 
 class _Form:
@@ -53,15 +56,22 @@ class _Form:
         result = self.captured.module(*args)
         return result, list(self.calls)
 
-    def tap(self, name: str, out: fx.Node, operands: tuple[Any, ...], order: Sequence[int]) -> None:
+    def tap(
+        self,
+        name: str,
+        out: fx.Node,
+        operands: tuple[Any, ...],
+        order: Sequence[int],
+        rewritten: bool,
+    ) -> None:
         """Hands over the value of `out`, whose axes are `order` of (leading..., L, Dv)."""
 
         def site_tap(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rest: Any, sizes: Any) -> Tensor:
             plain = out.detach().permute([list(order).index(n) for n in range(out.dim())])
-            plain = plain.reshape(*q.shape[:3], v.shape[3])
+            plain = plain.reshape(*q.shape[:3], v.shape[3]).clone()  # a later op may write into it
             read = tuple(x.detach() for x in rest)
-            call = SiteCall(name, plain, q.detach(), k.detach(), v.detach(), read, tuple(sizes))
-            self.calls.append(call)
+            parts = (q.detach(), k.detach(), v.detach(), read, tuple(sizes), rewritten)
+            self.calls.append(SiteCall(name, plain, *parts))
             return out
 
         graph = self.captured.graph
@@ -72,7 +82,8 @@ class _Form:
         out.meta[REPLACED] = node
 
     def finish(self) -> _Form:
-        self.captured.graph.eliminate_dead_code()
+        # As when torch compiles: outside of that it keeps every dropout, and what it reads.
+        self.captured.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
         self.captured.graph.lint()
         self.captured.module.recompile()
         return self
@@ -85,11 +96,18 @@ class Watched:
     reports: dict[str, SiteReport]
     """By the name of the site; only sites that were understood."""
     base: _Form
-    choose: Callable[[Sequence[Any]], _Form] = field(repr=False)
+    choose: Callable[[Sequence[Any], frozenset[str] | None], _Form] = field(repr=False)
 
-    def ours(self, args: Sequence[Any]) -> tuple[Any, list[SiteCall]]:
-        """What `optimize` runs for these inputs."""
-        return self.choose(args).run(args)
+    def ours(
+        self, args: Sequence[Any], only: Collection[str] | None = None
+    ) -> tuple[Any, list[SiteCall]]:
+        """What `optimize` runs for these inputs; with `only`, where just the sites of these names
+        are rewritten and the others run the model's own code."""
+        return self.choose(args, None if only is None else frozenset(only)).run(args)
+
+    def softmaxes(self, args: Sequence[Any]) -> int:
+        """How many softmax nodes are left in what `optimize` runs for these inputs."""
+        return softmaxes(self.choose(args, None).captured.graph)
 
     def double(self) -> _Form:
         """`base` with its constants in float64."""
@@ -113,15 +131,18 @@ def watched(captured: Captured, planned: Planned, target: str) -> Watched:
     plain = [*claimed, *planned.fused, *planned.kept]
     base = _form(captured, meant, plain, "reference")
     pays = chooser(captured, planned.fused) if planned.fused else False
-    forms: dict[bool, _Form] = {}
+    forms: dict[tuple[bool, frozenset[str] | None], _Form] = {}
 
-    def choose(args: Sequence[Any]) -> _Form:
+    def choose(args: Sequence[Any], only: frozenset[str] | None) -> _Form:
         long = pays if isinstance(pays, bool) else bool(pays(args))
-        if long not in forms:
-            run = [*planned.changed, *(planned.fused if long else ())]
-            rest = [*planned.kept, *(() if long else planned.fused)]
-            forms[long] = _form(captured, run, rest, target)
-        return forms[long]
+        key = long, only
+        if key not in forms:
+            new = [*planned.changed, *(planned.fused if long else ())]
+            run = [w for w in new if only is None or w.lifted.site.name in only]
+            left = [w for w in new if only is not None and w.lifted.site.name not in only]
+            rest = [*planned.kept, *(() if long else planned.fused), *left]
+            forms[key] = _form(captured, run, rest, target)
+        return forms[key]
 
     reports = {r.site.name: r for r in planned.reports if r.site.spec is not None}
     return Watched(reports, base, choose)
@@ -136,12 +157,13 @@ def _form(captured: Captured, run: Sequence[Work], plain: Sequence[Work], target
         if number < len(run):
             node = insert(copy, work.lifted, work.spec, target)
             q, k, v, tensors, sizes = node.args[:5]
-            form.tap(name, node, (q, k, v, tensors, sizes), range(4))
+            form.tap(name, node, (q, k, v, tensors, sizes), range(4), True)
         else:
             found = work.lifted.found
             place = found.product if found.product is not None else found.anchor
             operands = operands_of(copy, work.lifted)
-            form.tap(name, place, operands, work.lifted.out_order or range(value_of(place).dim()))
+            order = work.lifted.out_order or range(value_of(place).dim())
+            form.tap(name, place, operands, order, False)
     return form.finish()
 
 

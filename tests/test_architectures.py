@@ -70,7 +70,8 @@ def test_every_attention_is_found_and_restore_gives_the_original_bits(case: zoo.
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
 def test_exact_rewriting_passes_verify(pair: Pair) -> None:
-    report = rewriter.verify(pair.original, pair.model, pair.inputs)
+    exact = next(pair.model.parameters()).dtype == torch.float32
+    report = rewriter.verify(pair.original, pair.model, pair.inputs, sites=exact)
     assert report.ok, str(report)
 
 
@@ -110,7 +111,7 @@ def test_one_training_step_gives_the_same_gradients(pair: Pair) -> None:
 def test_greedy_generation_with_a_cache_gives_the_same_tokens(pair: Pair) -> None:
     """In bfloat16 two logits may be equal but for rounding; which wins then is no difference."""
     prompt = pair.prompt | {"use_cache": True}
-    agreement = token_agreement(pair.original, pair.model, prompt, TOKENS)
+    agreement = token_agreement(pair.original, pair.model, prompt, TOKENS, padding=False)
     assert agreement.rows == 2
     assert agreement.ok, str(agreement)
     if next(pair.model.parameters()).dtype == torch.float32:

@@ -147,6 +147,22 @@ def test_no_verify_skips_the_comparison(run: Command, encoder: Path, tmp_path: P
     assert (tmp_path / "out" / "rewriter.json").exists()
 
 
+def test_a_changed_function_is_verified_against_the_reference_with_a_page(
+    run: Command, encoder: Path, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "report.html"
+    run("optimize", encoder, "--pass", "sparse.window(window=3)", "--out", out, "--no-verify")
+    checked = run("verify", encoder, out, "--against", "reference", "--html", page, "--json")
+    assert checked.code == 0, checked.err
+    assert checked.json["structure"]["rewritten"] == 2
+    assert [row["kind"] for row in checked.json["rows"]].count("site") == 2
+    assert "sparse.window(window=3)" in page.read_text()
+    refused = run("verify", encoder, out, "--html", tmp_path / "none" / "x.html")
+    assert refused.code == 2
+    assert "give an .html file in a directory that exists" in refused.err
+    assert run("verify", encoder, encoder, "--against", "reference").code == 2
+
+
 def test_generated_tokens_are_compared_on_request(run: Command, decoder: Path) -> None:
     checked = run("verify", decoder, decoder, "--generate", "4", "--json")
     assert checked.code == 0

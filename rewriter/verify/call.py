@@ -15,7 +15,7 @@ from rewriter.errors import InputError
 from rewriter.verify.isolation import evaluating, seeded
 from rewriter.verify.leaves import Leaves, copied, leaves_of
 
-__all__ = ["Call", "Run"]
+__all__ = ["Call", "Run", "one_line"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,12 @@ class Call:
             list(ends.values()), list(wanted.values()), cotangents, allow_unused=True
         )
         return dict(zip(wanted, found, strict=True))
+
+
+def one_line(error: Exception) -> str:
+    """`ValueError: what happened`, one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _argument(path: str) -> str:

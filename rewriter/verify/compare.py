@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.verify.report import Errors, Kind, VerifyRow
+from rewriter.verify.rows import Errors, Kind, VerifyRow
 
 __all__ = [
     "RATIO",
@@ -43,14 +43,16 @@ __all__ = [
 RATIO = 2.0
 """An honest rewrite rounds about as often as the original, only elsewhere, and two such errors
 differ by less than this in mean and in maximum. A rewrite that needs more has a worse algorithm."""
-STORED: dict[Kind, float] = {"output": 2.0, "gradient": 8.0}
+STORED: dict[Kind, float] = {"output": 2.0, "site": 2.0, "gradient": 8.0}
 """Roundings of a 16-bit type. An output is written by one kernel from operands that are rounded
-once. A gradient has the roundings of a forward and a backward, and in between the backward of
-softmax takes a difference that fused kernels form from rounded outputs, and eager ones do not."""
-SUMMED: dict[Kind, float] = {"output": 16.0, "gradient": 32.0}
-"""Roundings of float32: the root of 256, for the sums of a small model, twice for a gradient. In a
-large model sums are longer, but tensors are large as well, and the error of the original itself
-says what sums cost."""
+once. A site is one such kernel: what its operands have lost on the way to it, the original shows
+as well, and RATIO covers it. A gradient has the roundings of a forward and a backward, and in
+between the backward of softmax takes a difference that fused kernels form from rounded outputs, and
+eager ones do not."""
+SUMMED: dict[Kind, float] = {"output": 16.0, "site": 16.0, "gradient": 32.0}
+"""Roundings of float32: the root of 256, for the sums of a small model, over a head dimension and
+over keys at a site; twice for a gradient. In a large model sums are longer, but tensors are large
+as well, and the error of the original itself says what sums cost."""
 WITHOUT_GOLD = 8.0
 """The floor is this many times higher where the original has to serve as its own gold. There
 err(ref, gold) is zero, and the floor has to cover the rounding of two whole models."""
@@ -82,6 +84,8 @@ class Baseline:
     special: Tensor | None
     """Where ref is no usable number: NaN, infinite, or the extreme of its dtype, as masks use it.
     None: nowhere."""
+    ref: Tensor | None = None
+    """What ref gave, where it is kept to show single values."""
 
 
 def floats(value: Any) -> bool:
@@ -129,14 +133,14 @@ def compare(
 
     Args:
         name: path of the leaf.
-        kind: "output" or "gradient".
+        kind: "output", "site" or "gradient".
         base: the same leaf of gold and of the original.
         new: the leaf of the model under test.
         dtype: the coarsest dtype that the original computes in; it sets the floor.
         wider: a factor on the floor, see `WITHOUT_GOLD`.
     """
 
-    def failed(reason: str, **errors: Errors) -> VerifyRow:
+    def failed(reason: str, **errors: Any) -> VerifyRow:
         return VerifyRow(name, kind, base.dtype, False, reason, **errors)
 
     if dtype_of(new) != base.dtype:
@@ -144,16 +148,17 @@ def compare(
     if shape_of(new) != base.shape:
         return failed(f"its shape is {list(shape_of(new))}, the original gives {list(base.shape)}")
     if not floats(new):
+        count = new.numel() if isinstance(new, Tensor) else int(new is not None)
         reason = _unequal(new, base)
-        return failed(reason) if reason else VerifyRow(name, kind, base.dtype, True)
+        return VerifyRow(name, kind, base.dtype, not reason, reason, count=count)
     value = _real(new)
     special = ~(value.abs() < _limit(new))
     known = base.special if base.special is not None else torch.zeros_like(special)
     unusable = special & ~known
     if bool(unusable.any()):
-        count, example = int(unusable.sum()), float(value[unusable][0])
+        wrong, example = int(unusable.sum()), float(value[unusable][0])
         return failed(
-            f"{count} of {value.numel()} values are like {example:g} where the original is finite"
+            f"{wrong} of {value.numel()} values are like {example:g} where the original is finite"
         )
     both = known & ~(base.gold.abs() < _limit(new))
     differ = both & ~_same_special(value.double(), base.gold, special)
@@ -165,8 +170,9 @@ def compare(
     err_new = _mean_max(value.double() - base.gold, special if bool(special.any()) else None)
     floor = floor_of(kind, dtype, base.size)
     allowed = Errors(*(RATIO * r + wider * f for r, f in zip(base.err_ref, floor, strict=True)))
-    errors = {"err_ref": base.err_ref, "err_new": err_new, "allowed": allowed}
-    if bool(special.all()) and value.numel():
+    errors: dict[str, Any] = {"err_ref": base.err_ref, "err_new": err_new, "allowed": allowed}
+    count = value.numel() - int(special.sum())
+    if not count and value.numel():
         return failed(
             "no value is finite, in the original as well, so nothing could be compared", **errors
         )
@@ -176,7 +182,7 @@ def compare(
             reason = f"{what} error {found:.2e} where {limit:.2e} is allowed "
             reason += f"(the original: {own:.2e}, at values up to {base.size.max:.2e})"
             return failed(reason, **errors)
-    return VerifyRow(name, kind, base.dtype, True, "", **errors)
+    return VerifyRow(name, kind, base.dtype, True, "", **errors, count=count)
 
 
 def dtype_of(value: Any) -> str:

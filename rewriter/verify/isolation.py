@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["evaluating", "plain_calls", "precise", "seeded"]
+__all__ = ["evaluating", "kept_buffers", "plain_calls", "precise", "seeded"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,6 +26,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
+
+
+@contextlib.contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """What a call writes into buffers (a counter, a cache) is undone."""
+    before = [(b, b._version, b.detach().clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -71,7 +84,7 @@ def precise(dtype: torch.dtype) -> Iterator[None]:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(_Widen(dtype))
+            stack.enter_context(_Widen(dtype, default))
             yield
     finally:
         torch.set_default_dtype(default)
@@ -80,19 +93,28 @@ def precise(dtype: torch.dtype) -> Iterator[None]:
 class _Widen(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
     """Replaces narrower floating dtypes that operators are asked for."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, default: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch leaves it untyped
-        self.dtype = dtype
+        self.dtype, self.default = dtype, default
         eps = torch.finfo(dtype).eps
         self.narrow = frozenset(d for d in _FLOATS if torch.finfo(d).eps > eps)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in self.narrow:
-            if torch.Tag.nondeterministic_seeded in func.tags:
-                return func(*args, **kwargs).to(self.dtype)
+        asked = kwargs.get("dtype")
+        if torch.Tag.nondeterministic_seeded in func.tags and _takes_dtype(func):
+            # Asked for in the default dtype, which is wider now, or in that of a wider tensor.
+            if asked in (None, self.dtype):
+                kwargs["dtype"] = self.default
+            result = func(*args, **kwargs)
+            return result.to(self.dtype) if result.dtype in self.narrow else result
+        if asked in self.narrow:
             kwargs["dtype"] = self.dtype
         result = func(*args, **kwargs)
         if func is torch.ops.aten.lift_fresh.default and result.dtype in self.narrow:
             return result.to(self.dtype)  # torch.tensor([...], dtype=torch.float32)
         return result
+
+
+def _takes_dtype(func: Any) -> bool:
+    return any(argument.name == "dtype" for argument in func._schema.arguments)

@@ -18,9 +18,9 @@ from rewriter.verify.compare import (
     dtype_of,
     shape_of,
 )
-from rewriter.verify.report import Errors, Kind, VerifyRow
+from rewriter.verify.rows import Errors, Kind, VerifyRow, detail_of
 
-__all__ = ["Judge", "same_structure"]
+__all__ = ["Judge", "judged", "same_structure", "weak_spots"]
 
 _LOOSE = 0.25
 """An original that is off by this share of its largest value somewhere bounds little there: worth a
@@ -52,7 +52,10 @@ class Judge:
     def of(cls, ref: Run, gold: Run | None, gold_dtype: torch.dtype, dtype: torch.dtype) -> Judge:
         """Without a gold run the original stands in for it."""
         best = gold or ref
-        outputs = {n: baseline_of(x, best.outputs.values[n]) for n, x in ref.outputs.values.items()}
+        outputs = {
+            n: replace(baseline_of(x, best.outputs.values[n]), ref=_tensor(x))
+            for n, x in ref.outputs.values.items()
+        }
         gradients: dict[str, Baseline] = {}
         for name, x in ref.gradients.items():
             y = best.gradients.get(name)
@@ -72,13 +75,7 @@ class Judge:
             if name not in values:
                 yield VerifyRow(name, "output", base.dtype, False, "the model does not return it")
                 continue
-            row = self._row(name, "output", base, values[name])
-            if row.ok and base.err_ref.mean > _MOOT * base.size.mean:
-                off = f"{base.err_ref.mean:.1e} on values of {base.size.mean:.1e}"
-                reason = f"the original itself is off by {off}, so nothing can be said: "
-                reason += "compare in a wider dtype, or make the model deterministic"
-                row = replace(row, ok=False, reason=reason)
-            yield row
+            yield judged(name, "output", base, values[name], self.dtype, self.wider)
         for name in values.keys() - self.outputs.keys():
             yield VerifyRow(
                 name, "output", dtype_of(values[name]), False, "the original does not return it"
@@ -89,26 +86,18 @@ class Judge:
             if name in values:
                 value = values[name]
                 zero = torch.zeros(base.shape, dtype=base.tensor_dtype, device=base.gold.device)
-                yield self._row(name, "gradient", base, zero if value is None else value)
+                value = zero if value is None else value
+                yield compare(name, "gradient", base, value, self.dtype, wider=self.wider)
         for name in self.independent & values.keys():
             value = values[name]
             if value is not None and bool(value.any()):
                 reason = "the outputs of the original do not depend on it, those of the model do"
                 yield VerifyRow(name, "gradient", dtype_of(value), False, reason)
 
-    def _row(self, name: str, kind: Kind, base: Baseline, value: Any) -> VerifyRow:
-        return compare(name, kind, base, value, self.dtype, wider=self.wider)
-
     def notes(self, new: Run | None) -> Iterator[str]:
         """What weakens the result, without being a difference."""
         for name, base in self.outputs.items():
-            if not isinstance(base.gold, Tensor) or base.gold.numel() < 2:
-                continue
-            if base.err_ref.max > _LOOSE * base.size.max:
-                off = f"{base.err_ref.max:.1e}"
-                yield f"`{name}`: the original is off by up to {off}, so the bound is wide there"
-            if base.exact is None and bool((base.gold == base.gold.flatten()[0]).all()):
-                yield f"`{name}` is one number everywhere: that the models agree on it shows little"
+            yield from weak_spots(name, base)
         if new is None:
             return
         absent = [name for name in self.gradients if name not in new.gradients]
@@ -117,6 +106,47 @@ class Judge:
             yield f"{count}: the model has no trainable `{absent[0]}`"
         if new.outputs.unread:
             yield f"not compared, no tensor was found in it: {', '.join(new.outputs.unread)}"
+
+
+def judged(
+    name: str, kind: Kind, base: Baseline, value: Any, dtype: torch.dtype, wider: float
+) -> VerifyRow:
+    """`compare`, with the places of the errors; fails where the original itself bounds nothing."""
+    row = compare(name, kind, base, value, dtype, wider=wider)
+    if row.ok and base.err_ref.mean > _MOOT * base.size.mean:
+        off = f"{base.err_ref.mean:.1e} on values of {base.size.mean:.1e}"
+        reason = f"the original itself is off by {off}, so nothing can be said: "
+        reason += "compare in a wider dtype, or make the model deterministic"
+        row = replace(row, ok=False, reason=reason)
+    new = _tensor(value)
+    if new is None or base.ref is None or new.shape != base.ref.shape or not new.numel():
+        return row
+    detail = detail_of(base.gold, base.ref, new, heads=kind == "site")
+    return replace(row, detail=detail)
+
+
+def weak_spots(name: str, base: Baseline) -> Iterator[str]:
+    """What makes an agreement worth less than it looks."""
+    if not isinstance(base.gold, Tensor) or base.gold.numel() < 2:
+        return
+    if base.err_ref.max > _LOOSE * base.size.max:
+        off = f"{base.err_ref.max:.1e}"
+        yield f"`{name}`: the original is off by up to {off}, so the bound is wide there"
+    if base.exact is None and _is_constant(base):
+        yield f"`{name}` is one number everywhere: that the models agree on it shows little"
+
+
+def _is_constant(base: Baseline) -> bool:
+    """Gold is one number everywhere, up to what the dtype can tell apart."""
+    least, most = base.gold.aminmax()
+    eps = torch.finfo(base.tensor_dtype).eps if base.tensor_dtype is not None else 0.0
+    return bool(most - least <= eps * base.size.max) or bool(most == least)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """The value, if it is a plain tensor of real numbers that float."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.detach() if plain and value.is_floating_point() else None
 
 
 def same_structure(a: Run, b: Run) -> bool:

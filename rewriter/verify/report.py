@@ -7,84 +7,23 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, get_args
 
-from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console, ConsoleOptions, RenderResult
 
 from rewriter.errors import InputError, NotEquivalent
-from rewriter.verify.generation import GenerationReport
+from rewriter.report import Report, SiteReport
+from rewriter.verify.continuations import GenerationReport
+from rewriter.verify.memory import MemoryUse
+from rewriter.verify.rows import Errors, Kind, VerifyRow, counted
+from rewriter.verify.structure import Structure
 
 __all__ = ["Errors", "VerifyReport", "VerifyRow"]
 
-Kind = Literal["output", "gradient"]
-
-_NEXT = "rewrite fewer layers (`@ 0-3`) to find the one that differs"
-_SHOWN = 12  # gradients in the text table, the worst ones; to_dict and save have all
-_EXPLAINED = 4  # failures whose reason the text gives
-
-
-class Errors(NamedTuple):
-    """Absolute errors of one tensor against the gold tensor."""
-
-    mean: float
-    max: float
-
-
-@dataclass(frozen=True)
-class VerifyRow:
-    """One tensor of the outputs, or one gradient."""
-
-    name: str
-    """Path in the outputs (`logits`), or name of a parameter, or `inputs.<path>`."""
-    kind: Kind
-    dtype: str
-    """Of the tensor in the original, or the type of a plain value."""
-    ok: bool
-    reason: str = ""
-    """Why the row failed; empty if it did not."""
-    err_ref: Errors | None = None
-    """Error of the original against gold. None where there is no error to measure (integers,
-    another shape)."""
-    err_new: Errors | None = None
-    allowed: Errors | None = None
-
-    @property
-    def ratio(self) -> float:
-        """Error of the model over the error of the original, the larger of mean and max; 1 if both
-        are exact."""
-        if self.err_ref is None or self.err_new is None:
-            return 1.0 if self.ok else float("inf")
-        return max(_quotient(n, r) for n, r in zip(self.err_new, self.err_ref, strict=True))
-
-    @property
-    def used(self) -> float:
-        """Share of the allowance that the error takes: above 1 it fails."""
-        if self.allowed is None or self.err_new is None:
-            return 0.0 if self.ok else float("inf")
-        share = max(_quotient(n, a, 0.0) for n, a in zip(self.err_new, self.allowed, strict=True))
-        return share if self.ok or share > 1 else float("inf")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values for JSON; what is not finite is None."""
-        row: dict[str, Any] = {
-            "name": self.name,
-            "kind": self.kind,
-            "dtype": self.dtype,
-            "ok": self.ok,
-        }
-        row["reason"] = self.reason
-        for name in ("err_ref", "err_new", "allowed"):
-            errors: Errors | None = getattr(self, name)
-            row[name] = (
-                None if errors is None else {k: _finite(v) for k, v in errors._asdict().items()}
-            )
-        return row | {"ratio": _finite(self.ratio), "used": _finite(self.used)}
+_NEXT = "`rewriter.bisect(original, model, inputs)` names the site and the stage that differ"
 
 
 @dataclass(frozen=True)
@@ -92,21 +31,34 @@ class VerifyReport:
     """The comparison of a model with its original. `print(report)` shows it, `save` writes it."""
 
     rows: tuple[VerifyRow, ...]
+    """Outputs, sites, gradients."""
     gold: str
     """What the errors are measured against."""
     notes: tuple[str, ...] = ()
     generation: GenerationReport | None = None
+    structure: Structure | None = None
+    """Of a model that `optimize` returned."""
+    memory: MemoryUse | None = None
+    """If it was asked for."""
+    attention: Report | None = None
+    """What `optimize` found and did in the call that was compared."""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """True if something was compared and every row, and the generation if asked for, is
-        fine."""
-        compared = any(row.kind == "output" for row in self.rows)
+        """True if something was compared and every row, and generation and memory if asked for,
+        are fine."""
+        parts = (self.generation, self.memory)
         return (
-            compared
+            self.compared > 0
             and all(row.ok for row in self.rows)
-            and (self.generation is None or self.generation.ok)
+            and all(part is None or part.ok for part in parts)
         )
+
+    @property
+    def compared(self) -> int:
+        """How many outputs have a value that was compared."""
+        return sum(row.kind == "output" and (row.count > 0 or not row.ok) for row in self.rows)
 
     @property
     def failures(self) -> tuple[VerifyRow, ...]:
@@ -117,6 +69,21 @@ class VerifyReport:
         """The row that takes the largest share of its allowance."""
         return max(self.rows, key=lambda row: row.used, default=None)
 
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        kinds = [row.kind for row in self.rows]
+        words: list[Kind] = [w for w in get_args(Kind) if w != "site" or "site" in kinds]
+        *first, last = [counted(kinds.count(w), w) for w in words]
+        compared = f"{', '.join(first)} and {last} against {self.gold}"
+        if self.ok:
+            return f"equivalent: {compared}"
+        if not self.compared:
+            return f"NOT SHOWN: no output was compared: {compared}"
+        if not self.failures:
+            return f"FAILED: {compared} agree, {' and '.join(self._other_failures())}"
+        return f"NOT EQUIVALENT: {len(self.failures)} differ of {compared}"
+
     def raise_if_failed(self) -> None:
         """Raises:
         NotEquivalent: with the first failing row, if the report is not `ok`.
@@ -125,7 +92,9 @@ class VerifyReport:
             raise NotEquivalent(self._failure(), self)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what is not finite is None."""
         worst = self.worst
+        sites = () if self.attention is None else self.attention.sites
         return {
             "ok": self.ok,
             "gold": self.gold,
@@ -134,12 +103,18 @@ class VerifyReport:
             "worst": worst.name if worst else None,
             "rows": [row.to_dict() for row in self.rows],
             "generation": self.generation.to_dict() if self.generation else None,
+            "structure": self.structure.to_dict() if self.structure else None,
+            "memory": self.memory.to_dict() if self.memory else None,
+            "sites": [_site(line) for line in sites],
+            "environment": dict(self.environment),
             "notes": list(self.notes),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to `path`, whole or not at all: `.json`, or `.html`, one page."""
         target = Path(path)
+        if not target.parent.is_dir():
+            raise InputError(f"{target}: the directory {target.parent} does not exist; make it")
         if target.suffix == ".json":
             text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         elif target.suffix == ".html":
@@ -158,87 +133,47 @@ class VerifyReport:
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(*self._lines())
+        from rewriter.verify.table import table_of
 
-    def _lines(self) -> Iterator[Table | Text]:
-        table = Table(
-            title="verify: " + self.headline,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            expand=False,
-        )
-        table.add_column("tensor", overflow="fold")
-        table.add_column("kind")
-        table.add_column("dtype")
-        for column in ("original mean", "max", "model mean", "max", "ratio", "used", ""):
-            table.add_column(column, justify="right", no_wrap=True)
-        shown = self._shown()
-        for row in shown:
-            errors = [
-                *(_number(e) for e in row.err_ref or (None, None)),
-                *(_number(e) for e in row.err_new or (None, None)),
-            ]
-            ratio = "" if row.err_new is None or row.ratio == float("inf") else f"{row.ratio:.2g}"
-            used = f"{row.used:.0%}" if row.used < 10 else f"{row.used:.2g}x"
-            used = "" if row.allowed is None else used
-            verdict = Text("ok", "green") if row.ok else Text("FAIL", "bold red")
-            table.add_row(row.name, row.kind, row.dtype, *errors, ratio, used, verdict)
-        yield table
-        kept = {id(row) for row in shown}
-        hidden = [row for row in self.rows if id(row) not in kept]
-        if hidden:
-            wrong = sum(not row.ok for row in hidden)
-            found = f"{wrong} of them FAIL" if wrong else "all within what is allowed"
-            yield Text(f"and {len(hidden)} more gradients, {found}")
-        for row in self.failures[:_EXPLAINED]:
-            yield Text(f"FAIL {row.name}: {row.reason}")
-        if self.generation is not None:
-            yield Text(str(self.generation))
-        for note in self.notes:
-            yield Text(f"note: {note}")
-
-    @property
-    def headline(self) -> str:
-        """The verdict in one line."""
-        outputs = sum(row.kind == "output" for row in self.rows)
-        compared = f"{outputs} outputs and {len(self.rows) - outputs} gradients against {self.gold}"
-        if self.ok:
-            return f"equivalent: {compared}"
-        if not outputs:
-            return f"NOT SHOWN: no output was compared: {compared}"
-        return f"NOT EQUIVALENT: {len(self.failures)} differ of {compared}"
-
-    def _shown(self) -> list[VerifyRow]:
-        gradients = sorted((r for r in self.rows if r.kind == "gradient"), key=lambda r: -r.used)
-        keep = {id(r) for r in gradients[:_SHOWN]}
-        return [r for r in self.rows if r.kind == "output" or id(r) in keep]
+        yield table_of(self)
 
     def _failure(self) -> str:
-        if not any(row.kind == "output" for row in self.rows):
+        if not self.compared:
             return (
-                "nothing was compared: the model returns no tensor and no number; "
+                "nothing was compared: the model returns no tensor with a value and no number; "
                 "verify a module that returns one"
             )
-        if not self.failures and self.generation is not None:
-            return f"{self.generation}; {_NEXT}"
+        if not self.failures:
+            return f"{'; '.join(self._other_failures())}; {_NEXT}"
         row = self.failures[0]
         count = f"{len(self.failures)} of {len(self.rows)} tensors differ"
-        return f"{count}, first the {row.kind} `{row.name}`: {row.reason}. See report.rows; {_NEXT}"
+        text = f"{count}, first the {row.kind} `{row.name}`: {row.reason}. "
+        sites = [r.name for r in self.failures if r.kind == "site"]
+        if sites and row.kind != "site":
+            text += f"The first site that differs is `{sites[0]}`. "
+        return f"{text}See report.rows; {_NEXT}"
+
+    def _other_failures(self) -> list[str]:
+        """What fails besides the rows."""
+        text = self.generation is not None and not self.generation.ok
+        found = [str(self.generation)] if text else []
+        return found + list(self.memory.failures if self.memory else ())
 
 
-def _quotient(x: float, y: float, both_zero: float = 1.0) -> float:
-    if y == 0:
-        return both_zero if x == 0 else float("inf")
-    return x / y
-
-
-def _finite(x: float) -> float | None:
-    return x if x == x and abs(x) != float("inf") else None
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:.1e}" if x else "0"
+def _site(line: SiteReport) -> dict[str, Any]:
+    """A site in short; `rewriter.inspect` has all of it."""
+    before, after = line.site.spec, line.after
+    return {
+        "name": line.site.name,
+        "layer": line.site.layer,
+        "graph": line.graph,
+        "formula": None if before is None else str(before),
+        "after_formula": None if after is None else str(after),
+        "decision": line.decision,
+        "lowering": line.lowering,
+        "passes": list(line.passes),
+        "why": line.reason,
+    }
 
 
 def _write_whole(target: Path, text: str) -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from rewriter.errors import InputError, RewriterError
-from rewriter.verify.call import Call, Run
+from rewriter.optimize import report_of, requests_of, target_of
+from rewriter.verify.against import HALF, original_runs, reference_runs
+from rewriter.verify.call import Call, Run, one_line
+from rewriter.verify.environment import environment_of
 from rewriter.verify.generation import token_agreement
-from rewriter.verify.isolation import is_compiled, plain_calls, precise
-from rewriter.verify.judge import Judge, same_structure
-from rewriter.verify.report import VerifyReport, VerifyRow
+from rewriter.verify.isolation import is_compiled
+from rewriter.verify.judge import Judge
+from rewriter.verify.memory import SiteMeter, memory_of
+from rewriter.verify.report import VerifyReport
+from rewriter.verify.rows import VerifyRow
+from rewriter.verify.sites import Sites, compare_sites
+from rewriter.verify.structure import Structure
 
 __all__ = ["verify"]
 
-_HALF = (torch.float16, torch.bfloat16)
-_FLOATS = (*_HALF, torch.float32, torch.float64)
+_FLOATS = (*HALF, torch.float32, torch.float64)
+
+Against = Literal["original", "reference"]
 
 
 def verify(
@@ -30,8 +38,12 @@ def verify(
     raises: bool = True,
     seed: int = 0,
     generate: int | None = None,
+    sites: bool | None = None,
+    against: Against = "original",
+    memory: bool = False,
 ) -> VerifyReport:
-    """Compare each output and gradient of `model` with the original's by the error-ratio rule.
+    """Compare each output, site and gradient of `model` with the original's by the error-ratio
+    rule.
 
     Both run in eval mode (no dropout), from the same random seed; mode,
     random state, default dtype and `.grad` fields are afterwards as before. The rule stands in
@@ -48,63 +60,82 @@ def verify(
         raises: raise if the models differ; else the report says it.
         seed: of the cotangents, and of what the models draw.
         generate: also compare this many greedy tokens (`token_agreement`).
+        sites: also compare each attention site with the model's own code, for one more capture.
+            None: if `optimize` returned the model.
+        against: `"reference"` compares with the original in which the passes that the model was
+            optimized with are applied by the dense reference: for passes that change the function
+            on purpose. Sites are compared in this way always, and `generate` never.
+        memory: also measure what a call and each site allocate; a site that makes its matrix of
+            scores fails. Takes inputs of at least 512 tokens.
 
     Raises:
-        InputError: if the original cannot be run on `inputs`.
+        InputError: if the original cannot be run on `inputs`, if `sites`, `memory` or
+            `against="reference"` is asked for a model that `optimize` did not return, or
+            `generate` with `against="reference"`.
         NotEquivalent: if the models differ and `raises` is set; it carries the report.
     """
     call = Call.of(inputs, seed, gradients)
+    ours = bool(requests_of(model))
+    _check_asked(ours, model, sites=sites, against=against, memory=memory)
+    if against == "reference" and generate is not None:
+        raise InputError(
+            'generate compares with the text of the original: leave out against="reference"'
+        )
     dtype = _coarsest_dtype(original, call)
     notes: list[str] = []
-    gold, gold_dtype = _gold(original, call, dtype, notes)
-    try:
-        with plain_calls(original):
-            ref = call.run(original)
-    except Exception as error:
-        raise InputError(
-            f"the original cannot be run on these inputs: {_line(error)}; check `inputs`"
-        ) from error
-    if gold is not None and not same_structure(gold, ref):
-        notes.append(
-            f"the {_name(gold_dtype)} run of the original returns other shapes than the original"
-        )
-        gold = None
-    described = "the original itself" if gold is None else f"the original in {_name(gold_dtype)}"
-    judge = Judge.of(ref, gold, gold_dtype, dtype)
-    del gold, ref
+    expected = (
+        original_runs(original, call, dtype, notes)
+        if against == "original"
+        else reference_runs(original, call, requests_of(model), notes)
+    )
+    described = expected.described
+    judge = Judge.of(expected.ref, expected.gold, expected.gold_dtype, dtype)
+    del expected
     rows, new = _rows(model, call, judge)
     notes += [*judge.notes(new), *_warnings(original, model, call, rows)]
+    ran = new is not None
     del new
+    meter = SiteMeter(target_of(model)) if memory else None
+    seen = None
+    if ran and (memory or (ours if sites is None else sites)):
+        seen = compare_sites(model, call, _coarsest_dtype(model, call), look=meter)
+        rows = _with_sites(rows, seen, asked=bool(sites))
+        notes += [note for note in seen.notes if note not in notes]
+    elif sites is None and not ours:
+        notes.append("sites were not compared: `rewriter.optimize` did not return this model")
     tokens = (
         None
         if generate is None
         else token_agreement(original, model, inputs, new_tokens=generate, seed=seed)
     )
-    report = VerifyReport(tuple(rows), described, tuple(notes), tokens)
+    report = VerifyReport(
+        tuple(rows),
+        described,
+        tuple(notes),
+        tokens,
+        structure=_structure(model, seen),
+        memory=memory_of(original, model, call, meter) if ran and meter is not None else None,
+        attention=report_of(model) if seen is None else seen.report,
+        environment=environment_of([*original.parameters(), *call.tensors.values()], dtype, seed),
+    )
     if raises:
         report.raise_if_failed()
     return report
 
 
-def _gold(
-    original: nn.Module, call: Call, dtype: torch.dtype, notes: list[str]
-) -> tuple[Run | None, torch.dtype]:
-    """The most precise run of the original that works, and its dtype; None where only the original
-    itself runs."""
-    for wide in (torch.float64, torch.float32) if dtype in _HALF else (torch.float64,):
-        try:
-            with precise(wide):
-                twin = copy.deepcopy(original)
-                twin = twin.double() if wide == torch.float64 else twin.float()
-                with plain_calls(twin):
-                    return call.run(twin, wide), wide
-        except Exception as error:
-            notes.append(f"the original does not run in {_name(wide)}: {_line(error)}")
-    notes.append(
-        "gold is the original in its own dtype: its rounding is not known, so the bound is the "
-        "floor alone, taken wider than usual"
-    )
-    return None, dtype
+def _check_asked(
+    ours: bool, model: nn.Module, *, sites: bool | None, against: Against, memory: bool
+) -> None:
+    if against not in ("original", "reference"):
+        raise InputError(f'against is "original" or "reference", got {against!r}')
+    asked = {"sites=True": bool(sites), "memory=True": memory}
+    asked['against="reference"'] = against == "reference"
+    name = next((name for name, wanted in asked.items() if wanted), None)
+    if name is not None and not ours:
+        raise InputError(
+            f"{name}: this {type(model).__name__} was not optimized by rewriter, so it has no "
+            f"sites that are known; call rewriter.optimize(model, ...) first, or leave out {name}"
+        )
 
 
 def _rows(model: nn.Module, call: Call, judge: Judge) -> tuple[list[VerifyRow], Run | None]:
@@ -113,9 +144,34 @@ def _rows(model: nn.Module, call: Call, judge: Judge) -> tuple[list[VerifyRow], 
     except RewriterError:
         raise  # said on purpose, and better than a row could
     except Exception as error:
-        reason = f"the original runs, the model raises {_line(error)}; call the model to see where"
-        return [VerifyRow("(call)", "output", "", False, reason)], None
+        what = f"the original runs, the model raises {one_line(error)}"
+        return [
+            VerifyRow("(call)", "output", "", False, f"{what}; call the model to see where")
+        ], None
     return judge.rows(new), new
+
+
+def _with_sites(rows: list[VerifyRow], seen: Sites, *, asked: bool) -> list[VerifyRow]:
+    """Outputs, sites, gradients. Where sites are asked for and none was compared, that is a
+    failure."""
+    sites = list(seen.rows)
+    if not any(row.count or not row.ok for row in sites):
+        reason = "; ".join(seen.notes) or "the model has no attention that was found"
+        reason = f"no attention site was compared: {reason}"
+        if asked:
+            sites.append(VerifyRow("(sites)", "site", "", False, reason))
+        else:
+            seen.notes[:] = [reason]
+    outputs = [row for row in rows if row.kind == "output"]
+    return [*outputs, *sites, *(row for row in rows if row.kind != "output")]
+
+
+def _structure(model: nn.Module, seen: Sites | None) -> Structure | None:
+    """Of the call that was compared; recompilations since the model was optimized."""
+    own = report_of(model)
+    if seen is not None:
+        return replace(seen.structure, recompiles=own.recompiles)
+    return Structure.of(own) if own.graphs else None
 
 
 def _warnings(
@@ -145,13 +201,3 @@ def _coarsest_dtype(original: nn.Module, call: Call) -> torch.dtype:
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _line(error: Exception) -> str:
-    """`ValueError: what happened`, one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

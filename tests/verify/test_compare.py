@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rewriter.verify.compare import RATIO, STORED, SUMMED, baseline_of, compare, floor_of
-from rewriter.verify.report import Errors, Kind, VerifyRow
+from rewriter.verify.rows import Errors, Kind, VerifyRow
 
 
 def judged(new: object, ref: object, gold: object, kind: Kind = "output") -> VerifyRow:

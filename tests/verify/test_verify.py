@@ -159,6 +159,17 @@ def test_nothing_to_compare_is_not_fine() -> None:
         report.raise_if_failed()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [lambda x: x[:0], lambda x: {"loss": None}, lambda x: [x[:0], None], lambda x: ()],
+    ids=["no elements", "None", "both", "empty"],
+)
+def test_outputs_without_a_value_are_nothing_to_compare(body: Callable[[Tensor], Any]) -> None:
+    report = verify(function(body), function(body), torch.ones(2, 3), raises=False)
+    assert not report.ok
+    assert "NOT SHOWN: no output was compared" in str(report)
+
+
 def test_what_weakens_a_result_is_noted() -> None:
     report = verify(nn.Identity(), nn.Identity(), torch.ones(2, dtype=torch.int64))
     assert any("no gradient was compared" in note for note in report.notes)
@@ -368,8 +379,11 @@ def test_the_gradient_of_a_bias_on_keys_is_no_false_alarm() -> None:
 
 
 def test_noise_drawn_by_the_model_is_the_same_in_all_runs() -> None:
-    noisy = function(lambda x: x + torch.rand(x.shape))
-    assert verify(noisy, copy.deepcopy(noisy), torch.randn(3, 8)).ok
+    for draw in (lambda x: torch.rand(x.shape), torch.randn_like, lambda x: torch.rand(3, 8)):
+        noisy = function(lambda x, draw=draw: x + draw(x))  # type: ignore[misc]
+        report = verify(noisy, copy.deepcopy(noisy), torch.randn(3, 8))
+        assert report.rows[0].err_ref is not None
+        assert report.rows[0].err_ref.max < 1e-6  # gold drew the same numbers
 
 
 def test_a_parameter_of_only_one_model_is_noted() -> None:
@@ -378,5 +392,5 @@ def test_a_parameter_of_only_one_model_is_noted() -> None:
             super().__init__()
             self.weight.requires_grad_(False)
 
-    notes = verify(Scaled(), Folded(), torch.randn(3, 8)).notes
+    notes = verify(Scaled(), Folded(), torch.randn(3, 8), sites=False).notes
     assert notes == ("1 gradients were not compared: the model has no trainable `weight`",)

@@ -1,0 +1,147 @@
+"""What is wrong at one site, seen on the operands that it had in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from rewriter.spec import SoftmaxSpec
+from rewriter.verify.guesses import Seen, misread_stage
+from rewriter.verify.reverting import Recorded
+from rewriter.verify.script import (
+    Drawn,
+    op_script,
+    output_script,
+    reference_script,
+    smallest,
+    stored,
+)
+from rewriter.verify.stages import (
+    Operands,
+    Stage,
+    changed_stage,
+    difference,
+    lowered,
+    lowering_of,
+    run,
+    stage_of,
+)
+
+__all__ = ["At", "Finding", "diagnosis"]
+
+At = Literal["lift", "pass", "lowering", "none"]
+"""`"lift"`: the formula is not what the model computes; `"pass"`: a pass changed what it promised
+to keep; `"lowering"`: the implementation does not compute the formula."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong at a site."""
+
+    at: At
+    stage: Stage
+    reason: str
+    script: str = ""
+    operands: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the script reads from the file beside it; empty if it draws its own."""
+
+
+def diagnosis(
+    recorded: Recorded, own: Recorded | None, target: str, *, gradients: bool
+) -> Finding | None:
+    """The first of formula, passes and implementation that is wrong, and how; None if, on these
+    operands, none is.
+
+    Args:
+        recorded: the site in the model as its requests define it.
+        own: the site in the original model.
+        target: what the model was optimized for.
+        gradients: look at gradients as well, where the outputs are right.
+    """
+    looks: list[Iterator[Finding]] = [_of_lift(own)] if own is not None else []
+    for wanted in (False, True) if gradients else (False,):
+        looks += [_of_pass(recorded, wanted), _of_lowering(recorded, target, wanted, gradients)]
+    return next((finding for look in looks for finding in look), None)
+
+
+def _of_lift(recorded: Recorded) -> Iterator[Finding]:
+    spec, gold = recorded.report.site.spec, recorded.gold
+    if spec is None or gold is None or spec.dropout:
+        return
+    operands = recorded.operands(gold)
+    found = misread_stage(spec, Seen(operands, gold.out, recorded.ref.out))
+    if found is not None:
+        stage, reason = found
+        name = recorded.ref.name
+        title = f"{name}: the formula that was read is not what the model computes ({stage})."
+        script = output_script(title, spec, operands)
+        saved = stored(operands) | {"gold": gold.out.contiguous(), "ref": recorded.ref.out}
+        saved["ref"] = saved["ref"].contiguous()
+        yield Finding(
+            "lift", stage, f"{spec} is not what the model computes: {reason}", script, saved
+        )
+
+
+def _of_pass(recorded: Recorded, gradients: bool) -> Iterator[Finding]:
+    before, after = recorded.report.site.spec, recorded.report.after
+    if before is None or after is None or before == after or recorded.is_defined:
+        return
+    operands = recorded.operands(recorded.ref)
+    found = changed_stage(before, after, operands, gradients=gradients)
+    if found is not None:
+        passes = ", ".join(recorded.report.passes)
+        stage, reason = found
+        title = f"{recorded.ref.name}: {passes} changed the {_part(stage, gradients)}."
+
+        def shows(candidate: Operands) -> bool:
+            return bool(difference(run, after, before, candidate, gradients=gradients))
+
+        drawn = smallest(_drawn((before, after), operands), shows)
+        script = reference_script(title, before, after, drawn or operands, gradients=gradients)
+        saved = {} if drawn else stored(operands)
+        reason = f"{passes} made {after} of {before}, which is another function: {reason}"
+        yield Finding("pass", "gradient" if gradients else stage, reason, script, saved)
+
+
+def _of_lowering(
+    recorded: Recorded, target: str, gradients: bool, recording: bool
+) -> Iterator[Finding]:
+    """Which implementation runs may depend on whether gradients are recorded."""
+    spec = recorded.report.after
+    if spec is None:
+        return
+    operands = recorded.operands(recorded.ref)
+    modes = (True,) if gradients else (False, True) if recording else (False,)
+    for name in dict.fromkeys(lowering_of(spec, operands, target, grad=g) for g in modes):
+        new = lowered(name)
+        found = stage_of(new, spec, operands, gradients=gradients)
+        if found is None:
+            continue
+        stage, reason = found
+        title = (
+            f"{recorded.ref.name}: {name} differs from the reference: {_part(stage, gradients)}."
+        )
+
+        def shows(candidate: Operands, new: Callable[..., Tensor] = new) -> bool:
+            return bool(difference(new, spec, spec, candidate, gradients=gradients))
+
+        drawn = smallest(_drawn((spec,), operands), shows)
+        script = op_script(title, spec, name, drawn or operands, gradients=gradients)
+        what = "the gradient of " if gradients else ""
+        since = "in plain attention" if stage == "operands" else f"when the {stage} joins"
+        reason = f"{name} does not compute {what}{spec}; it goes wrong {since}: {reason}"
+        saved = {} if drawn else stored(operands)
+        yield Finding("lowering", "gradient" if gradients else stage, reason, script, saved)
+
+
+def _drawn(specs: tuple[SoftmaxSpec, ...], operands: Operands) -> Drawn:
+    """Random operands of the same sizes, with every tensor that a spec reads."""
+    first, *rest = (Drawn.like(spec, operands) for spec in specs)
+    return first.joined(*rest)
+
+
+def _part(stage: Stage, gradients: bool) -> str:
+    return f"gradient of the {stage}" if gradients else stage
