@@ -9,10 +9,19 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: test demo lint setup clean
+.PHONY: test conformance mutants demo lint setup clean
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# Every implementation and every pass through the whole grid: about ten minutes.
+conformance: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m rewriter.testing
+
+# Every wrong rewrite of tests/mutants through the harness, and 1,000 honest random specs.
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py
+	OMP_NUM_THREADS=1 EXAMPLES=1000 SEED=1 $(BIN)/pytest -q --timeout 0 tests/testing/test_honest.py
 
 demo: setup
 	$(BIN)/python examples/demo.py

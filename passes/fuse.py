@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rewriter.errors import Declined
-from rewriter.passbase import Pass, option
+from rewriter.passbase import PATTERNS, Pass, option
 from rewriter.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewriter.sites import Site
 
 
@@ -28,6 +30,20 @@ class Fuse(Pass):
     contract = "exact"
     stage = "none"
     identity = "fuse"
+    patterns = PATTERNS
+    laws = (
+        "future",
+        "past",
+        "decode",
+        "queries",
+        "keys",
+        "batch",
+        "heads",
+        "row sums",
+        "values",
+        "shift",
+    )
+    examples = ("fuse(from_scores=0)", "fuse(dropout=True)")
     from_scores: int | None = option(
         "scores (queries x keys) of one head from which the fused form is used; below, the "
         "original code runs; None takes the measured default",
@@ -45,3 +61,6 @@ class Fuse(Pass):
                 "ask for fuse(dropout=True), or call model.eval()"
             )
         return spec
+
+    def meaning(self, weights: Tensor) -> Tensor:
+        return weights

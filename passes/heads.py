@@ -9,10 +9,12 @@ from sympy import Float, Integer
 
 from rewriter import symbols as sym
 from rewriter.errors import Declined
-from rewriter.passbase import Pass, head_condition, heads_text, option
+from rewriter.passbase import PATTERNS, Pass, head_condition, heads_text, option
 from rewriter.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewriter.sites import Site
 
 
@@ -30,6 +32,13 @@ class HeadScale(Pass):
     contract = "limit"
     stage = "heads"
     identity = "heads.scale(heads=[0], by=1)"
+    patterns = PATTERNS
+    laws = ("future", "past", "decode", "queries", "keys", "batch", "values", "shift")
+    examples = (
+        "heads.scale(heads=[0, -1], by=0.5)",
+        "heads.scale(heads=[2], by=0)",
+        "heads.scale(heads=[1, 2, 3], by=-2)",
+    )
     heads: tuple[int, ...] = option("query heads that are scaled")
     by: float = option("factor of their output")
 
@@ -42,3 +51,9 @@ class HeadScale(Pass):
         here = head_condition(sorted({head % site.heads for head in self.heads}))
         factor = Integer(int(self.by)) if self.by.is_integer() else Float(self.by)
         return replace(spec, heads=spec.heads * sym.Where(here, factor, 1))
+
+    def meaning(self, weights: Tensor) -> Tensor:
+        factor = weights.new_ones(weights.shape[1], 1, 1)
+        for head in self.heads:
+            factor[head] = self.by
+        return weights * factor

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import sympy
+import torch
 from sympy import Abs, Expr
 
 from rewriter import symbols as sym
@@ -14,6 +15,8 @@ from rewriter.passbase import Pass, option
 from rewriter.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewriter.sites import Site
 
 
@@ -51,6 +54,13 @@ class SlidingWindow(Pass):
     contract = "limit"
     stage = "mask"
     identity = "sparse.window(window=1000000000)"
+    patterns = ("noncausal self", "causal self")
+    laws = ("future", "past", "decode", "batch", "heads", "row sums", "values", "shift")
+    examples = (
+        "sparse.window(window=2)",
+        "sparse.window(window=5)",
+        "sparse.window(window=3, sinks=2)",
+    )
     window: int = option("keys visible to one query, its own included", at_least=1)
     sinks: int = option("first keys that stay visible", default=0, at_least=0)
 
@@ -63,3 +73,10 @@ class SlidingWindow(Pass):
         back = position - sym.k
         near = (back if causal else Abs(back)) < self.window
         return replace(spec, mask=spec.mask & (near | (sym.k < self.sinks)))
+
+    def meaning(self, weights: Tensor) -> Tensor:
+        q_len, kv_len = weights.shape[-2:]
+        key = torch.arange(kv_len)
+        distance = (torch.arange(kv_len - q_len, kv_len)[:, None] - key).abs()
+        kept = weights * ((distance < self.window) | (key < self.sinks))
+        return (kept / kept.sum(-1, keepdim=True)).nan_to_num(0.0)  # no key is left: 0

@@ -25,6 +25,9 @@ def data_sheet(kind: type[Pass]) -> dict[str, Any]:
         "contract": kind.contract,
         "stage": kind.stage,
         "identity": kind.identity,
+        "patterns": list(kind.patterns),
+        "laws": list(kind.laws),
+        "examples": list(kind.examples),
         "summary": text.partition("\n")[0],
         "text": text,
         "source": inspect.getdoc(sys.modules[kind.__module__]) or "",
@@ -60,8 +63,19 @@ def sheet_view(kind: type[Pass]) -> RenderableType:
         Text(f"{sheet['name']}   contract: {sheet['contract']}   edits: {sheet['stage']}\n"),
         Text(sheet["text"] + "\n"),
         table if sheet["options"] else Text("no options"),
-        Text(f"\nIdentity: {sheet['identity']}\nSource: {sheet['source']}"),
+        Text("\n" + "\n".join(f"{name}: {value}" for name, value in _facts(sheet))),
     )
+
+
+def _facts(sheet: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines below the options."""
+    return [
+        ("Identity", sheet["identity"]),
+        ("For", ", ".join(sheet["patterns"]) or "it does not say"),
+        ("Laws it keeps", ", ".join(sheet["laws"]) or "it does not say"),
+        ("Examples", "; ".join(sheet["examples"]) or "none"),
+        ("Source", sheet["source"]),
+    ]
 
 
 def list_view(kinds: tuple[type[Pass], ...]) -> RenderableType:

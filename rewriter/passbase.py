@@ -27,11 +27,15 @@ from rewriter.selectors import Selector
 from rewriter.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewriter.sites import Site
 
 __all__ = [
+    "PATTERNS",
     "Contract",
     "Pass",
+    "Pattern",
     "Registry",
     "Request",
     "Selector",
@@ -45,6 +49,15 @@ __all__ = [
 Contract = Literal["exact", "limit", "approximate"]
 """`"exact"`: the same function up to rounding. `"limit"`: the same at the identity setting, else
 another function on purpose. `"approximate"`: the error is measured and reported."""
+
+Pattern = Literal["noncausal self", "causal self", "noncausal cross", "causal cross"]
+"""The four patterns of the Comprehensive Attention Benchmark (arXiv 2210.07661)."""
+PATTERNS: tuple[Pattern, ...] = (
+    "noncausal self",
+    "causal self",
+    "noncausal cross",
+    "causal cross",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,13 @@ class Pass:
     """The stage of the spec that it edits: "mask", "score", "heads", ...; "none"."""
     identity: ClassVar[str]
     """A request that leaves every function as it was."""
+    patterns: ClassVar[tuple[Pattern, ...]] = ()
+    """The attentions that it is for; it declines the others. Empty: it does not say."""
+    laws: ClassVar[tuple[str, ...]] = ()
+    """The laws of `rewriter.testing.laws` that still hold after it, where they held before. Empty:
+    it does not say."""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Requests that are not the identity, for a site of four heads. Empty: it does not say."""
 
     def __post_init__(self) -> None:
         check_options(self, self.name)
@@ -70,6 +90,15 @@ class Pass:
 
         Raises:
             Declined: the pass does not apply to this site; the text is the reason.
+        """
+        raise NotImplementedError
+
+    def meaning(self, weights: Tensor) -> Tensor:
+        """What the pass makes of the dense weights `[B, H, L, M]` of an attention.
+
+        Its definition said a second time, slowly and without specs, for `rewriter.testing.check`.
+        The last query stands at the last key; keys that the model hides have weight 0. A pass that
+        does more than change weights leaves this out, and is then not checked in this way.
         """
         raise NotImplementedError
 

@@ -4,6 +4,18 @@ from rewriter import testing
 print(testing.check(MyPass))        # every promise of a pass, as a table
 """
 
+from rewriter.testing import laws
+from rewriter.testing.check import check
+from rewriter.testing.conformance import check_backward, check_lowering
 from rewriter.testing.outcome import Outcome, Outcomes
+from rewriter.testing.round_trips import round_trips
 
-__all__ = ["Outcome", "Outcomes"]
+__all__ = [
+    "Outcome",
+    "Outcomes",
+    "check",
+    "check_backward",
+    "check_lowering",
+    "laws",
+    "round_trips",
+]

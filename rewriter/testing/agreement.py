@@ -1,0 +1,239 @@
+"""One call of an attention against the dense reference, outputs and gradients, by the error ratio.
+
+Gold is the reference in float64, ref the reference in the dtype of the case.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.reference import evaluate, index_values, reference, reference_weights
+from rewriter.spec import SoftmaxSpec
+from rewriter.testing.cases import Case
+from rewriter.testing.operands import Operands, operands
+from rewriter.testing.outcome import Outcome
+from rewriter.verify.compare import SUMMED, Baseline, baseline_of, compare
+from rewriter.verify.rows import Errors, Kind
+
+__all__ = [
+    "Forward",
+    "Row",
+    "expected_output",
+    "gradients",
+    "gradients_agree",
+    "judged",
+    "nan_memory",
+    "output_agrees",
+    "run",
+    "same",
+]
+
+Forward = Callable[[SoftmaxSpec, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int]], Tensor]
+"""What a lowering has as its `forward`."""
+
+
+_ROUNDINGS_OF_A_SCORE = 1.0
+"""Half of one for the sum over the channels, and half of one for the scale."""
+
+
+def run(forward: Forward, spec: SoftmaxSpec, x: Operands) -> Tensor:
+    """The output for these operands."""
+    return forward(spec, x.q, x.k, x.v, x.tensors, x.sizes)
+
+
+@contextmanager
+def nan_memory() -> Iterator[None]:
+    """Fresh memory is filled with NaN: what an implementation does not write cannot pass."""
+    settings: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        settings.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = before[2]
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+
+
+def output_agrees(forward: Forward, case: Case, check: str = "output") -> Outcome:
+    """The output is that of the reference, and the operands are as before."""
+    x = operands(case)
+    with torch.no_grad():
+        before = x.map(Tensor.clone)
+        try:
+            with nan_memory():
+                new = run(forward, case.spec, x)
+        except Exception as error:
+            return Outcome(check, case.text, "failed", _raised(error))
+        if not all(map(same, _inputs(x), _inputs(before))):
+            return Outcome(check, case.text, "failed", "an operand was written to")
+    row = Row("the output", "output", expected_output(case), new, case.dtype)
+    return judged(check, case.text, [row])
+
+
+def gradients_agree(forward: Forward, case: Case, check: str = "gradient") -> Outcome:
+    """The gradients of q, k, v and every floating tensor that formulas read are those of the
+    reference, for one random cotangent."""
+    expected = _expected_gradients(case)
+    if expected is None:
+        return Outcome(check, case.text, "skipped", "rows of NaN have no gradient")
+    try:
+        with nan_memory():
+            new = gradients(forward, case.spec, operands(case), _cotangent(case))
+    except Exception as error:
+        return Outcome(check, case.text, "failed", _raised(error))
+    rows = [
+        Row(f"the gradient of {name}", "gradient", base, n, case.dtype)
+        for name, base, n in zip(_names(case.spec), expected, new, strict=True)
+    ]
+    return judged(check, case.text, rows)
+
+
+@lru_cache(maxsize=512)
+def expected_output(case: Case) -> Baseline:
+    """What the reference gives, in the dtype of the case and in float64."""
+    x = operands(case)
+    with torch.no_grad():
+        gold = run(reference, case.spec, x.map(Tensor.double))
+        base = baseline_of(run(reference, case.spec, x), gold)
+        least = _score_roundings(case.spec, x.map(Tensor.double))
+        return replace(base, size=Errors(*map(max, base.size, least)))
+
+
+@lru_cache(maxsize=256)
+def _expected_gradients(case: Case) -> tuple[Baseline, ...] | None:
+    """The same of each gradient; None where the output holds NaN."""
+    x, cotangent = operands(case), _cotangent(case)
+    wide = x.map(Tensor.double)
+    with torch.no_grad():
+        if bool(run(reference, case.spec, wide).isnan().any()):
+            return None
+    ref = gradients(reference, case.spec, x, cotangent)
+    gold = gradients(reference, case.spec, wide, cotangent.double())
+    found = []
+    for r, g, least in zip(ref, gold, _terms(case.spec, wide, cotangent.double()), strict=True):
+        base = baseline_of(r, g)
+        found.append(replace(base, size=Errors(*map(max, base.size, least))))
+    return tuple(found)
+
+
+def gradients(forward: Forward, spec: SoftmaxSpec, x: Operands, cotangent: Tensor) -> list[Tensor]:
+    """Gradients of q, k, v and the floating tensors; zeros where autograd finds no way to one."""
+    leaves = x.map(lambda t: t.detach().requires_grad_())
+    wanted = [t for t in _inputs(leaves) if t.is_floating_point()]
+    with torch.enable_grad():
+        out = run(forward, spec, leaves)
+    if not out.requires_grad:
+        raise RuntimeError("the output does not depend on the operands, as autograd sees it")
+    found = torch.autograd.grad(out, wanted, cotangent, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor that is compared."""
+
+    name: str
+    kind: Kind
+    base: Baseline
+    new: Tensor
+    dtype: torch.dtype
+    """The coarsest dtype that the reference computes in."""
+
+
+def judged(check: str, text: str, rows: Sequence[Row]) -> Outcome:
+    """One outcome for several tensors: the worst one speaks."""
+    worst = 0.0
+    for row in rows:
+        found = compare(row.name, row.kind, row.base, row.new, row.dtype)
+        if not found.ok:
+            return Outcome(check, text, "failed", f"{row.name}: {found.reason}", found.used)
+        worst = max(worst, found.used)
+    return Outcome(check, text, "passed", used=worst)
+
+
+def _score_roundings(spec: SoftmaxSpec, x: Operands) -> Errors:
+    """The size at which the roundings of the scores show in the output.
+
+    A score of 1e4 rounds by 1e-3, which moves weight between keys that nearly tie: the output moves
+    by that times how far the values of a row spread. Which of two orders of summation comes nearer
+    to gold there is luck.
+    """
+    group = x.q.shape[1] // x.k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
+    p = reference_weights(spec, x.q, x.k, x.tensors, x.sizes).nan_to_num()
+    spread = (p @ v.square() - (p @ v).square()).clamp_min(0.0).sqrt()
+    scale = float(torch.as_tensor(_largest(spec, x)).abs().max())
+    score = (x.q @ k.mT).abs().amax(-1, keepdim=True) * scale
+    terms = score * spread * _ROUNDINGS_OF_A_SCORE / SUMMED["output"]
+    return Errors(float(terms.mean()), float(terms.max())) if terms.numel() else Errors(0.0, 0.0)
+
+
+def _terms(spec: SoftmaxSpec, x: Operands, cotangent: Tensor) -> list[Errors]:
+    """The size of the terms that a gradient is a sum of, which round also where the sum is zero.
+
+    The gradient of a score is `p (dp - sum of p dp)`: where one key has all the weight it is a
+    difference of equal numbers. And weights that are computed again from their logsumexp carry the
+    rounding of numbers of the size of the scores.
+    """
+    group = x.q.shape[1] // x.k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
+    p = reference_weights(spec, x.q, x.k, x.tensors, x.sizes)
+    dp = (cotangent @ v.mT).abs()
+    score = p * (dp + (p * dp).sum(-1, keepdim=True))  # [B, H, L, M]
+    scale = float(torch.as_tensor(_largest(spec, x)).abs().max())
+    dq, dk, dv = score @ k.abs() * scale, score.mT @ x.q.abs() * scale, p.mT @ cotangent.abs()
+    dk, dv = (t.view(t.shape[0], -1, group, *t.shape[2:]).sum(2) for t in (dk, dv))
+    again = max(1.0, float((x.q @ k.mT).abs().max()) * scale / SUMMED["gradient"])
+    sizes = [Errors(again * float(t.mean()), again * float(t.max())) for t in (dq, dk, dv)]
+    read = [t for t in x.tensors if t.is_floating_point()]
+    total, most = float(score.sum()), float(score.max())
+    return sizes + [Errors(total / t.numel(), max(total / t.numel(), most)) for t in read]
+
+
+def _largest(spec: SoftmaxSpec, x: Operands) -> Any:
+    """The scale as a number or tensor."""
+    batch, heads, q_len, _ = x.q.shape
+    named = dict(zip((t.name for t in spec.tensors), x.tensors, strict=True))
+    values = index_values(spec, batch, heads, q_len, x.k.shape[2], x.sizes, x.q.device)
+    return evaluate(spec.scale, values, named, torch.float64)
+
+
+def _names(spec: SoftmaxSpec) -> list[str]:
+    return ["q", "k", "v", *(t.name for t in spec.tensors if "float" in t.dtype)]
+
+
+def _inputs(x: Operands) -> list[Tensor]:
+    return [x.q, x.k, x.v, *x.tensors]
+
+
+def _cotangent(case: Case) -> Tensor:
+    """Laid out as the gradient of a model that merges heads after attention."""
+    d = case.dims
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    x = torch.randn(d.batch, d.q_len, d.heads, d.value_dim, generator=generator)
+    return x.to(case.device, case.dtype).transpose(1, 2)
+
+
+def _raised(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
