@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,6 @@ import torch
 from sympy import Symbol
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.callback import callback_handler
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -199,28 +199,41 @@ OF_TRACING = (
 """What torch warns of while it traces a model: its own ways, about which a user can do nothing."""
 
 
+_tracing = threading.local()
+
+
 @contextmanager
 def _quiet_tracing() -> Iterator[None]:
     """No warnings of `OF_TRACING`, while torch traces; a call that traces nothing is left alone.
 
     Python forgets which warnings it has shown whenever filters change, so they must not change in
-    every call.
+    every call. Of calls within calls only the outermost does something.
     """
-    filters = ExitStack()
+    if getattr(_tracing, "quiet", False):
+        yield
+        return
+    from torch._dynamo.callback import callback_handler  # Dynamo takes a second to import
+
+    filters, own = ExitStack(), threading.get_ident()
 
     def start(_: Any) -> None:
+        if threading.get_ident() != own:
+            return
         filters.enter_context(warnings.catch_warnings())
         for text in OF_TRACING:
             warnings.filterwarnings("ignore", message=re.escape(text))
 
     def end(_: Any) -> None:
-        filters.close()
+        if threading.get_ident() == own:
+            filters.close()
 
     callback_handler.register_start_callback(start)
     callback_handler.register_end_callback(end)
+    _tracing.quiet = True
     try:
         yield
     finally:
+        _tracing.quiet = False
         callback_handler.remove_start_callback(start)
         callback_handler.remove_end_callback(end)
         filters.close()

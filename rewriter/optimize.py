@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._dynamo.utils import graph_break_reasons
 
 from rewriter import lowering
 from rewriter.assemble import assembled, insert_all
@@ -88,10 +87,11 @@ def _install(model: nn.Module, state: State) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         module = cast(nn.Module, alive())
         _keep_image_size(module, args, kwargs)
-        known = len(graph_break_reasons)
+        reasons = torch._dynamo.utils.graph_break_reasons
+        known = len(reasons)
         with capturing():
             out = compiled(module, *args, **kwargs)
-        state.breaks |= {str(r.user_stack[-1:]) for r in graph_break_reasons[known:]}
+        state.breaks |= {str(r.user_stack[-1:]) for r in reasons[known:]}
         if state.failure is not None:
             restore(module)
             raise state.failure

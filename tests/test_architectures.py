@@ -37,6 +37,8 @@ class Pair:
     model: nn.Module
     inputs: dict[str, Any]
     prompt: dict[str, Any]
+    implementation: str
+    dtype: torch.dtype
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     case: zoo.Case = request.param
     original = case.build()
     model = rewriter.optimize(copy.deepcopy(original), FUSE)
-    yield Pair(original, model, case.inputs(), case.prompt())
+    yield Pair(original, model, case.inputs(), case.prompt(), case.implementation, case.dtype)
     torch._dynamo.reset()
 
 
@@ -70,8 +72,9 @@ def test_every_attention_is_found_and_restore_gives_the_original_bits(case: zoo.
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
 def test_exact_rewriting_passes_verify(pair: Pair) -> None:
-    exact = next(pair.model.parameters()).dtype == torch.float32
-    report = rewriter.verify(pair.original, pair.model, pair.inputs, sites=exact)
+    """Sites are compared once an architecture: that takes another capture."""
+    sites = pair.implementation == "eager" and pair.dtype == torch.float32
+    report = rewriter.verify(pair.original, pair.model, pair.inputs, sites=sites)
     assert report.ok, str(report)
 
 
@@ -114,7 +117,7 @@ def test_greedy_generation_with_a_cache_gives_the_same_tokens(pair: Pair) -> Non
     agreement = token_agreement(pair.original, pair.model, prompt, TOKENS, padding=False)
     assert agreement.rows == 2
     assert agreement.ok, str(agreement)
-    if next(pair.model.parameters()).dtype == torch.float32:
+    if pair.dtype == torch.float32:
         assert agreement.agreement == 1.0
     report = rewriter.inspect(pair.model)
     assert [r.reason for r in report.attention if r.decision != "rewritten"] == []

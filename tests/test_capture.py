@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 import rewriter
+from rewriter.capture import capturing
 from rewriter.reading import Index, Reader
 from rewriter.report import Report
 from rewriter.rules import RULES
@@ -427,3 +428,14 @@ def test_sdpa_in_a_function_of_the_module_is_found() -> None:
     model = rewriter.optimize(copy.deepcopy(original), FUSE)
     report = assert_same(model, original, tokens())
     assert [str(s.site.spec) for s in report.rewritten] == ["softmax( s ) · v, s = 0.353553·q·k"]
+
+
+def test_the_filters_of_warnings_are_as_before_even_where_calls_nest() -> None:
+    """A call within a call compiles too; its filters must not outlive the outer ones."""
+    before = list(warnings.filters)
+    with capturing(), capturing():
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert warnings.filters == before
+    with capturing():
+        torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))
+        assert warnings.filters == before

@@ -511,7 +511,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(TERMS)), st.sampled_from("&|"), st.booleans()), max_size=3
