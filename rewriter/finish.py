@@ -80,14 +80,18 @@ def finish(
         ),
         sizes=tuple(f"n{i}" for i in range(len(free))),
     )
-    kv_heads = k.heads
+    heads, kv_heads = frame.heads, k.heads
     notes = tuple(
         f"{sym.formula_text(r)} is opaque: an L x M tensor stays alive" for r in spec.opaque_reads()
     )
+    if len(frame.lead_sizes) > 2 and kv_heads == 1:
+        # `[B, Hkv, G, L, D]` looks like this, and its heads are not the last dimension alone.
+        heads = kv_heads = sympy.nan
+        notes += ("which of its leading dimensions are heads is not known",)
     site = replace(
         site,
         spec=spec,
-        heads=int(frame.heads) if frame.heads.is_Integer else 0,
+        heads=int(heads) if heads.is_Integer else 0,
         kv_heads=int(kv_heads) if kv_heads.is_Integer else 0,
         head_dim=int(q.dim) if q.dim.is_Integer else 0,
         value_dim=int(v.dim) if v.dim.is_Integer else 0,

@@ -138,7 +138,9 @@ def _kind(s: SiteReport) -> str:
     if site.spec is None:
         return site.kind
     cost = cost_of(site)
-    heads = f"{site.heads}" if site.heads == site.kv_heads else f"GQA {site.heads}/{site.kv_heads}"
+    heads = f"{site.heads or '?'}"
+    if site.heads != site.kv_heads:
+        heads = f"GQA {site.heads or '?'}/{site.kv_heads or '?'}"
     dims = (
         f"{site.head_dim}"
         if site.head_dim == site.value_dim

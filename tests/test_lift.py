@@ -754,6 +754,12 @@ def outcome() -> Outcome:
     return Outcome(before, after, report)
 
 
+def test_heads_that_lie_in_two_dimensions_are_not_counted(outcome: Outcome) -> None:
+    site = outcome.site("groups_of_one_sequence").site
+    assert (site.heads, site.kv_heads) == (0, 0)
+    assert site.notes == ("which of its leading dimensions are heads is not known",)
+
+
 SINGLE = {"softmax_in_float32", "softmax_method_in_float32", "softmax_of_cast_scores"}
 """Their softmax rounds to float32, ours to float64."""
 
