@@ -205,7 +205,11 @@ def verify_command(
         typer.Option(help="Compare with the original, or with the dense reference of the passes."),
     ] = Against.ORIGINAL,
     memory: Annotated[
-        bool, typer.Option(help="Measure what each site allocates; takes --length 512 or more.")
+        bool,
+        typer.Option(
+            help="Measure what each site allocates; one is judged from 2^21 scores over batch and "
+            "heads (2^28 on CUDA), and from a --length of 8 times its head dimension."
+        ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page, too.")] = None,
     device: Device = "cpu",

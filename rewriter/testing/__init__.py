@@ -1,7 +1,8 @@
 """Checks of passes and implementations: the conformance suite, the laws of attention, round trips.
 
 from rewriter import testing
-print(testing.check(MyPass))        # every promise of a pass, as a table
+testing.check(MyPass).raise_if_failed()  # in a test
+print(testing.check(MyPass))  # every promise of a pass, as a table
 """
 
 from rewriter.testing import laws

@@ -259,7 +259,19 @@ def selected_heads(trial: Trial) -> Outcome:
         ("head 1", found[:, 1], one[:, 1]),
         ("another head", found[:, rest], others[:, rest]),
     ):
-        difference = float((x - y).abs().nan_to_num().max())
-        if difference > tolerance(torch.float64, float(y.abs().nan_to_num().max())):
-            return Outcome(check, trial.text, "failed", f"{what} differs by {difference:.1e}")
+        reason = _differs(x, y)
+        if reason:
+            return Outcome(check, trial.text, "failed", f"{what} {reason}")
     return Outcome(check, trial.text, "passed")
+
+
+def _differs(x: Tensor, y: Tensor) -> str:
+    """How x differs from what it should be; NaN is expected where y has it, and only there."""
+    wrong = x.isnan() != y.isnan()
+    if bool(wrong.any()):
+        return f"is NaN on one side alone, in {int(wrong.sum())} of {wrong.numel()} values"
+    differ = (x != y) & ~y.isnan()  # equal infinities have no difference
+    difference = float((x - y)[differ].abs().max()) if bool(differ.any()) else 0.0
+    finite = y[y.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return "" if difference <= tolerance(torch.float64, size) else f"differs by {difference:.1e}"

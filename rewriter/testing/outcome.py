@@ -57,6 +57,10 @@ class Outcomes:
         """Something passed and nothing failed: what compared nothing is not fine."""
         return not self.failures and any(row.verdict == "passed" for row in self.rows)
 
+    def __bool__(self) -> bool:
+        """`ok`, so that `assert testing.check(MyPass)` says what it seems to say."""
+        return self.ok
+
     def __add__(self, other: Outcomes) -> Outcomes:
         return Outcomes(self.title, (*self.rows, *other.rows))
 

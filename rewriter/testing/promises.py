@@ -32,7 +32,7 @@ def implementation_rows(trials: Sequence[Trial], *, full: bool = False) -> Itera
     for lowering in LOWERINGS:
         if lowering not in (TRITON, REFERENCE):  # the one runs elsewhere, the other is the judge
             yield from _named(lowering.name, spec_rows(lowering, cases))
-    some = cases[:: max(1, len(cases) // (60 if full else 8))]
+    some = cases[:: max(1, len(cases) // (60 if full else 5))]
     if torch.cuda.is_available():
         yield from _named("triton", spec_rows(TRITON, [replace(c, device="cuda") for c in some]))
     else:

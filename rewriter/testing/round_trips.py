@@ -61,28 +61,38 @@ def round_trips(
         directory: where files are written, and stay; None for a temporary one.
         onnx: also export to ONNX, and run the file.
         target: as in `optimize`.
-        only: names of `CHECKS`; None for all of them.
+        only: names of `CHECKS`; None for all of them. That a site is rewritten is always checked:
+            without one the others would show nothing.
 
     Raises:
-        InputError: if the model cannot be run on the inputs, or equal outputs would show nothing.
+        InputError: if no round trip is asked for, if the model cannot be run on the inputs, or if
+            equal outputs would show nothing.
     """
     items = [passes] if isinstance(passes, (str, Pass, Request)) else list(passes)
-    wanted = set(CHECKS if only is None else only)
-    unknown = sorted(wanted - CHECKS.keys())
-    if unknown:
-        raise InputError(f"there is no round trip {unknown[0]!r} ({', '.join(CHECKS)})")
+    wanted = _wanted(only, onnx=onnx)
     case = f"{type(model).__name__}, {'; '.join(map(_text, items)) or 'fuse'}"
     before = Trace.of(model)
     with _place(directory) as place:
         trips = _Trips(_plain(model), _everywhere(items), target, _call(inputs), inputs, place)
         rows = [
-            _outcome(name, case, check, trips)
-            for name, check in CHECKS.items()
-            if name in wanted and (onnx or name != "export")
+            _outcome(name, case, check, trips) for name, check in CHECKS.items() if name in wanted
         ]
     left = before.differs(Trace.of(model))
     rows.append(Outcome("no trace", case, "failed" if left else "passed", left))
     return Outcomes("round trips", tuple(rows))
+
+
+def _wanted(only: Collection[str] | None, *, onnx: bool) -> set[str]:
+    """Names of the checks to run, "rewrite" always among them."""
+    asked = set(CHECKS if only is None else only)
+    unknown = sorted(asked - CHECKS.keys())
+    if unknown:
+        raise InputError(f"there is no round trip {unknown[0]!r} ({', '.join(CHECKS)})")
+    wanted = asked if onnx else asked - {"export"}
+    if not wanted:
+        why = "it is `export` alone, and `onnx` is False" if asked else "it is empty"
+        raise InputError(f"`only` asks for no round trip: {why}")
+    return wanted | {"rewrite"}
 
 
 @dataclass
@@ -229,7 +239,7 @@ def _exports(trips: _Trips) -> str:
             trips.twin, trips.inputs, path, check_inputs=[], tolerance=float("inf")
         )
     except ExportError as error:
-        raise Skipped(str(error)) from error
+        return _unless_plain_fails(trips, error)
     if all(isinstance(n, int) for dims in report.inputs.values() for n in dims):
         return "the file takes inputs of one shape only: no batch or length of it may change"
     named = NamedCall(trips.twin, trips.inputs)
@@ -242,6 +252,21 @@ def _exports(trips: _Trips) -> str:
     except ExportError as error:
         return str(error)
     return ""
+
+
+def _unless_plain_fails(trips: _Trips, error: ExportError) -> str:
+    """Why the rewritten model is not exported, if the plain one is.
+
+    Raises:
+        Skipped: if the plain one is not either.
+    """
+    with _place(None) as place:
+        plain, path = copy.deepcopy(trips.plain), place / "plain.onnx"
+        try:
+            export_onnx(plain, trips.inputs, path, check_inputs=[], tolerance=float("inf"))
+        except ExportError as also:
+            raise Skipped(f"the plain model is not exported either: {also}") from also
+    return f"the plain model is exported, the rewritten one is not: {error}"
 
 
 CHECKS: dict[str, Callable[[_Trips], str]] = {

@@ -30,11 +30,11 @@ from rewriter.verify.yardstick import Yardstick
 __all__ = ["Culprit", "bisect"]
 
 _NEXT = {
-    "lift": "the formula was read wrongly: please report it with the program that `save` writes; "
+    "lift": "the formula was read wrongly: please report it{program}; "
     "until then select the other sites, as in `fuse @ path=...`",
     "pass": "the pass breaks its contract `exact`; `rewriter.testing.check` shows it without a "
     "model. Leave it out until it is mended",
-    "lowering": "please report it with the program that `save` writes; until then another target "
+    "lowering": "please report it{program}; until then another target "
     'computes it, as in `optimize(model, target="reference")`',
     "none": "give `bisect` the very model that was optimized, and call `optimize` on it again",
 }
@@ -62,7 +62,7 @@ class Culprit:
         `.safetensors`."""
         target = Path(path)
         if not self.script:
-            raise InputError("there is no program: no single site shows the difference by itself")
+            raise InputError(f"there is no program that shows it: {self.reason}")
         if target.suffix != ".py":
             raise InputError(f"{target.name}: a program is saved as .py; give the file that suffix")
         if self.operands:
@@ -76,17 +76,20 @@ class Culprit:
         head = f"{self.site}: {self.at}{stage}" if self.site else "no site is to blame"
         lines = [head, f"  {self.reason}"]
         lines += [f"  in the model: {self.evidence}"] if self.evidence else []
-        return "\n".join([*lines, f"  next: {_NEXT[self.at]}"])
+        program = " with the program that `save` writes" if self.script else ""
+        return "\n".join([*lines, f"  next: {_NEXT[self.at].format(program=program)}"])
 
 
 def bisect(
     original: nn.Module, model: nn.Module, inputs: Any, *, gradients: bool = True
 ) -> Culprit | None:
-    """The first site and stage that make `model` differ from `original`; None if they agree.
+    """The first site and stage that make `model` differ from `original`; None if the outputs and
+    the gradients agree.
 
-    Judged by the rule of `verify`. Where a pass changes the function on purpose, the original with
-    the dense reference of the new formulas is what the model has to agree with. The site is looked
-    at by dense computations of L x M scores.
+    Judged by the rule of `verify`; what `verify` says of sites by themselves, of texts and of
+    memory is not looked at. Where a pass changes the function on purpose, the original with the
+    dense reference of the new formulas is what the model has to agree with. The site is looked at
+    by dense computations of L x M scores.
 
     Args:
         original: the model that defines what is right; may be `model` itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from rewriter.errors import InputError
 from rewriter.verify.isolation import evaluating, seeded
 from rewriter.verify.leaves import Leaves, copied, leaves_of
 
-__all__ = ["Call", "Run", "one_line"]
+__all__ = ["Call", "Run", "coarsest_dtype", "one_line"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,18 @@ class Call:
             list(ends.values()), list(wanted.values()), cotangents, allow_unused=True
         )
         return dict(zip(wanted, found, strict=True))
+
+
+def coarsest_dtype(module: nn.Module, inputs: Iterable[Tensor]) -> torch.dtype:
+    """The dtype with the largest rounding among parameters (inputs, if there are none) and active
+    autocast. It sets the floor of the error-ratio rule."""
+    tensors: list[Tensor] = [p for p in module.parameters() if p.dtype in _FLOATS]
+    tensors = tensors or [t for t in inputs if t.dtype in _FLOATS]
+    dtypes = {t.dtype for t in tensors} or {torch.get_default_dtype()}
+    for device in {t.device.type for t in tensors}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ types, the second for float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class Baseline:
     None: nowhere."""
     ref: Tensor | None = None
     """What ref gave, where it is kept to show single values."""
+    kinds: Tensor | None = None
+    """Of what kind ref is where it is special: 2 for NaN, else 1 or -1, its sign; elsewhere 0."""
 
 
 def floats(value: Any) -> bool:
@@ -113,7 +115,8 @@ def baseline_of(ref: Any, gold: Any) -> Baseline:
             None,
         )
     real, limit = _real(ref), _limit(ref)
-    special = ~(real.abs() < limit)
+    kinds = _kinds(real, limit)
+    special = kinds != 0
     wide = _real(gold).double()
     lost = ~(wide.abs() < limit) & ~special
     if bool(lost.any()):
@@ -121,9 +124,10 @@ def baseline_of(ref: Any, gold: Any) -> Baseline:
     skip = special if bool(special.any()) else None
     err_ref = _mean_max(real.double() - wide, skip)
     size = _mean_max(wide, skip)
-    return Baseline(
+    found = Baseline(
         wide, None, dtype_of(ref), shape_of(ref), size, err_ref, _torch_dtype(ref), skip
     )
+    return found if skip is None else replace(found, kinds=kinds)
 
 
 def compare(
@@ -152,20 +156,21 @@ def compare(
         reason = _unequal(new, base)
         return VerifyRow(name, kind, base.dtype, not reason, reason, count=count)
     value = _real(new)
-    special = ~(value.abs() < _limit(new))
-    known = base.special if base.special is not None else torch.zeros_like(special)
-    unusable = special & ~known
+    kinds = _kinds(value, _limit(new))
+    special = kinds != 0
+    own = base.kinds if base.kinds is not None else torch.zeros_like(kinds)
+    unusable = special & (own == 0)
     if bool(unusable.any()):
         wrong, example = int(unusable.sum()), float(value[unusable][0])
         return failed(
             f"{wrong} of {value.numel()} values are like {example:g} where the original is finite"
         )
-    both = known & ~(base.gold.abs() < _limit(new))
-    differ = both & ~_same_special(value.double(), base.gold, special)
+    # a kind that the original or gold has; or a number, where gold has one
+    differ = (own != 0) & (kinds != own) & (kinds != _kinds(base.gold, _limit(new)))
     if bool(differ.any()):
         return failed(
             f"{int(differ.sum())} of {value.numel()} values are like {float(value[differ][0]):g} "
-            f"where the original has {float(base.gold[differ][0]):g}"
+            f"where the original has {_KIND_WORDS[int(own[differ][0])]}"
         )
     err_new = _mean_max(value.double() - base.gold, special if bool(special.any()) else None)
     floor = floor_of(kind, dtype, base.size)
@@ -177,10 +182,10 @@ def compare(
             "no value is finite, in the original as well, so nothing could be compared", **errors
         )
     for what in ("max", "mean"):
-        found, limit, own = (getattr(e, what) for e in (err_new, allowed, base.err_ref))
+        found, limit, usual = (getattr(e, what) for e in (err_new, allowed, base.err_ref))
         if not found <= limit:
             reason = f"{what} error {found:.2e} where {limit:.2e} is allowed "
-            reason += f"(the original: {own:.2e}, at values up to {base.size.max:.2e})"
+            reason += f"(the original: {usual:.2e}, at values up to {base.size.max:.2e})"
             return failed(reason, **errors)
     return VerifyRow(name, kind, base.dtype, True, "", **errors, count=count)
 
@@ -223,8 +228,13 @@ def _mean_max(x: Tensor, skip: Tensor | None) -> Errors:
     return Errors(float(x.sum()) / count, float(x.max()))
 
 
-def _same_special(new: Tensor, gold: Tensor, special: Tensor) -> Tensor:
-    return special & ((new.isnan() & gold.isnan()) | (new.sign() == gold.sign()))
+_KIND_WORDS = {2: "nan", 1: "inf", -1: "-inf"}
+
+
+def _kinds(x: Tensor, limit: float) -> Tensor:
+    """As in `Baseline.kinds`."""
+    signs = x.sign().masked_fill(x.isnan(), 2.0).to(torch.int8)
+    return signs.masked_fill(x.abs() < limit, 0)
 
 
 def _unequal(new: Any, base: Baseline) -> str:

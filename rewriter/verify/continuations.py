@@ -96,7 +96,8 @@ class GenerationReport:
         shown = [*(c.name for c in self.checks if c.ok), *(r.name for r in self.padded if r.ok)]
         if shown:
             parts.append(f"as in the original: {', '.join(shown)}")
-        return "; ".join([*parts, *(f"note: {note}" for note in self.notes)])
+        notes = [*self.notes, *(f"{r.name}: {note}" for r in self.padded for note in r.notes)]
+        return "; ".join([*parts, *(f"note: {note}" for note in notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON; what is not finite is None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from rewriter.verify.script import (
     op_script,
     output_script,
     reference_script,
+    reloaded,
     smallest,
     stored,
 )
@@ -48,6 +49,12 @@ class Finding:
     operands: Mapping[str, Tensor] = field(default_factory=dict)
     """What the script reads from the file beside it; empty if it draws its own."""
 
+    @property
+    def silent(self) -> Finding:
+        """The same without a program, because it would show nothing."""
+        why = "; there is no program, because with operands read from a file the two agree"
+        return replace(self, script="", operands={}, reason=f"{self.reason}{why}")
+
 
 def diagnosis(
     recorded: Recorded, own: Recorded | None, target: str, *, gradients: bool
@@ -72,7 +79,8 @@ def _of_lift(recorded: Recorded) -> Iterator[Finding]:
     if spec is None or gold is None or spec.dropout:
         return
     operands = recorded.operands(gold)
-    found = misread_stage(spec, Seen(operands, gold.out, recorded.ref.out))
+    seen = Seen(operands, gold.out, recorded.ref.out)
+    found = misread_stage(spec, seen)
     if found is not None:
         stage, reason = found
         name = recorded.ref.name
@@ -80,9 +88,10 @@ def _of_lift(recorded: Recorded) -> Iterator[Finding]:
         script = output_script(title, spec, operands)
         saved = stored(operands) | {"gold": gold.out.contiguous(), "ref": recorded.ref.out}
         saved["ref"] = saved["ref"].contiguous()
-        yield Finding(
-            "lift", stage, f"{spec} is not what the model computes: {reason}", script, saved
-        )
+        reason = f"{spec} is not what the model computes: {reason}"
+        finding = Finding("lift", stage, reason, script, saved)
+        again = replace(seen, operands=reloaded(operands))
+        yield finding if again.against(run(spec, again.operands)) else finding.silent
 
 
 def _of_pass(recorded: Recorded, gradients: bool) -> Iterator[Finding]:
@@ -103,7 +112,8 @@ def _of_pass(recorded: Recorded, gradients: bool) -> Iterator[Finding]:
         script = reference_script(title, before, after, drawn or operands, gradients=gradients)
         saved = {} if drawn else stored(operands)
         reason = f"{passes} made {after} of {before}, which is another function: {reason}"
-        yield Finding("pass", "gradient" if gradients else stage, reason, script, saved)
+        finding = Finding("pass", "gradient" if gradients else stage, reason, script, saved)
+        yield finding if drawn or shows(reloaded(operands)) else finding.silent
 
 
 def _of_lowering(
@@ -134,7 +144,8 @@ def _of_lowering(
         since = "in plain attention" if stage == "operands" else f"when the {stage} joins"
         reason = f"{name} does not compute {what}{spec}; it goes wrong {since}: {reason}"
         saved = {} if drawn else stored(operands)
-        yield Finding("lowering", "gradient" if gradients else stage, reason, script, saved)
+        finding = Finding("lowering", "gradient" if gradients else stage, reason, script, saved)
+        yield finding if drawn or shows(reloaded(operands)) else finding.silent
 
 
 def _drawn(specs: tuple[SoftmaxSpec, ...], operands: Operands) -> Drawn:

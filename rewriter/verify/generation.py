@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InputError, RewriterError
-from rewriter.verify.call import one_line
+from rewriter.verify.call import coarsest_dtype, one_line
 from rewriter.verify.compare import WITHOUT_GOLD, baseline_of, compare
 from rewriter.verify.continuations import GenerationReport, Parting, Step
 from rewriter.verify.decoding import Gold, OneCall, Text, padded_prompts, recorded, written
 from rewriter.verify.isolation import plain_calls
+from rewriter.verify.leaves import leaves_of
 from rewriter.verify.rows import Errors, VerifyRow
 
 __all__ = ["GenerationReport", "Parting", "Step", "token_agreement"]
@@ -61,7 +62,7 @@ def token_agreement(
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     if arguments.get("use_cache") is False:
         del arguments["use_cache"]
-    pair = _Pair.of(original, model, seed)
+    pair = _Pair.of(original, model, arguments, seed)
     try:
         report = pair.compared("as given", arguments, new_tokens)
     except _OriginalFailed as failure:
@@ -97,14 +98,14 @@ class _Pair:
     model: nn.Module
     gold: Gold
     dtype: torch.dtype
-    """The coarsest one of the original's parameters."""
+    """The coarsest one that the original computes in."""
     seed: int
 
     @classmethod
-    def of(cls, original: nn.Module, model: nn.Module, seed: int) -> _Pair:
-        floats = {p.dtype for p in original.parameters() if p.is_floating_point()}
-        floats = floats or {torch.get_default_dtype()}
-        dtype = max(floats, key=lambda x: torch.finfo(x).eps)
+    def of(
+        cls, original: nn.Module, model: nn.Module, arguments: dict[str, Any], seed: int
+    ) -> _Pair:
+        dtype = coarsest_dtype(original, leaves_of(arguments).tensors.values())
         return cls(original, model, Gold(original, dtype), dtype, seed)
 
     def compared(self, name: str, arguments: dict[str, Any], count: int) -> GenerationReport:

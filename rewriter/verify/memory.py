@@ -2,6 +2,11 @@
 
 A CPU has no counter of its own, so torch's profiler lists every allocation, those inside an op as
 well: the numbers are exact and the same in every run. On CUDA the counter of the allocator is read.
+
+A site fails if it makes the scores of all heads, or those of one head at a time. The second shows
+only where the scores of one head are more than a fused block and than the operands. Not told apart
+from fused code are loops over heads with fewer scores than that, and loops over slices of the
+queries or keys of one head: fused code is such a loop, in slices of a bounded size.
 """
 
 from __future__ import annotations
@@ -145,7 +150,30 @@ class SiteMeter:
         if largest >= scores / 2 or peak >= scores:
             reason = f"it claims to be fused and allocates {_bytes(max(peak, largest))}, where all "
             return SiteMemory(*found, True, False, f"{reason}{few} are {_bytes(scores)}")
+        one, held = q.shape[2] * k.shape[2] * q.element_size(), _beside_scores(call)
+        most = largest if kind == "cpu" else peak - _output_bytes(call)
+        if one > held and most >= one:
+            reason = f"it claims to be fused and allocates {_bytes(most)}, where the scores of one "
+            reason += f"head, {q.shape[2]} x {k.shape[2]}, are {_bytes(one)}: it makes them whole"
+            return SiteMemory(*found, True, False, reason)
         return SiteMemory(*found, True, True)
+
+
+def _beside_scores(call: SiteCall) -> int:
+    """Bytes that fused code may allocate at once: a block of scores, of 64 rows or more, or an
+    operand in float32 with its heads repeated; on CUDA, where only the sum is known, some of
+    each."""
+    q, k, v = call.q, call.k, call.v
+    width, is_cpu = max(q.element_size(), 4), q.device.type == "cpu"
+    bound = ENOUGH["cpu"] // 2 if is_cpu else ENOUGH["cuda"] // 4
+    block = max(bound, 64 * q.shape[1] // k.shape[1] * k.shape[2]) * width
+    rows = q.shape[0] * q.shape[1] * max(q.shape[2], k.shape[2])
+    operand = rows * max(q.shape[3], v.shape[3]) * width
+    return max(block, operand) if is_cpu else 2 * block + 4 * operand
+
+
+def _output_bytes(call: SiteCall) -> int:
+    return call.out.numel() * call.out.element_size()
 
 
 def memory_of(original: nn.Module, model: nn.Module, call: Call, meter: SiteMeter) -> MemoryUse:

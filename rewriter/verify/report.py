@@ -144,14 +144,19 @@ class VerifyReport:
                 "verify a module that returns one"
             )
         if not self.failures:
-            return f"{'; '.join(self._other_failures())}; {_NEXT}"
+            return "; ".join(self._other_failures())
         row = self.failures[0]
         count = f"{len(self.failures)} of {len(self.rows)} tensors differ"
         text = f"{count}, first the {row.kind} `{row.name}`: {row.reason}. "
         sites = [r.name for r in self.failures if r.kind == "site"]
         if sites and row.kind != "site":
             text += f"The first site that differs is `{sites[0]}`. "
-        return f"{text}See report.rows; {_NEXT}"
+        return f"{text}See report.rows{f'; {_NEXT}' if self._bisect_sees_it() else ''}"
+
+    def _bisect_sees_it(self) -> bool:
+        """It looks at outputs and gradients, of a model that `optimize` returned."""
+        kinds = {row.kind for row in self.failures}
+        return self.structure is not None and bool(kinds & {"output", "gradient"})
 
     def _other_failures(self) -> list[str]:
         """What fails besides the rows."""

@@ -14,7 +14,15 @@ from rewriter import symbols as sym
 from rewriter.spec import SoftmaxSpec
 from rewriter.verify.stages import Operands
 
-__all__ = ["Drawn", "op_script", "output_script", "reference_script", "smallest", "stored"]
+__all__ = [
+    "Drawn",
+    "op_script",
+    "output_script",
+    "reference_script",
+    "reloaded",
+    "smallest",
+    "stored",
+]
 
 _TRIES = 60
 
@@ -306,22 +314,55 @@ def _lines(inputs: Drawn | Operands) -> list[str]:
         return [*inputs.lines(), f"sizes = {dict(inputs.named)!r}"]
     place = f'Path(__file__).with_suffix(".safetensors"), device={str(inputs.q.device)!r}'
     lines = [f"saved = load_file({place})"]
-    for name in ("q", "k", "v"):
-        turned = ".transpose(1, 2)" if _has_heads_inside(getattr(inputs, name)) else ""
-        lines.append(f'{name} = saved["{name}"]{turned}')
+    return [*lines, *_read_lines(inputs), f"sizes = {dict(inputs.sizes)!r}"]
+
+
+def _read_lines(operands: Operands) -> list[str]:
+    """Operands from `saved`, each with the strides that it had."""
+    lines = [f"{n} = {_laid_out(n, getattr(operands, n))}" for n in ("q", "k", "v")]
     lines.append("tensors = {}")
-    lines += [f'tensors["{name}"] = saved["tensors.{name}"]' for name in inputs.tensors]
-    return [*lines, f"sizes = {dict(inputs.sizes)!r}"]
+    read = operands.tensors.items()
+    return [*lines, *(f'tensors["{n}"] = {_laid_out(f"tensors.{n}", x)}' for n, x in read)]
+
+
+def _laid_out(name: str, x: Tensor) -> str:
+    value, narrow = f'saved["{name}"]', _narrowed(x)
+    if not narrow.is_contiguous() and not _overlaps(narrow):
+        place = f"{list(narrow.shape)}, {list(narrow.stride())}"
+        value = f"{value}.new_empty_strided({place}).copy_({value})"
+    return value if narrow.shape == x.shape else f"{value}.expand({list(x.shape)})"
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """Without the repetitions of an expanded tensor."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Two places may be one number in memory, so that a tensor with these strides cannot be
+    filled."""
+    end = 0
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= end:
+            return True
+        end += stride * (size - 1)
+    return False
 
 
 def stored(operands: Operands) -> dict[str, Tensor]:
     """What the file beside a program holds."""
-    found = {}
-    for name, x in (("q", operands.q), ("k", operands.k), ("v", operands.v)):
-        found[name] = (x.transpose(1, 2) if _has_heads_inside(x) else x).contiguous()
-    read = {f"tensors.{n}": x.contiguous() for n, x in operands.tensors.items()}
-    return {n: x.detach().cpu().clone() for n, x in (found | read).items()}
+    found = {n: getattr(operands, n) for n in ("q", "k", "v")}
+    found |= {f"tensors.{n}": x for n, x in operands.tensors.items()}
+    return {n: _narrowed(x).detach().cpu().contiguous().clone() for n, x in found.items()}
 
 
-def _has_heads_inside(x: Tensor) -> bool:
-    return bool(x.stride(1) < x.stride(2))
+def reloaded(operands: Operands) -> Operands:
+    """What a program reads from the file beside it."""
+    device = operands.q.device
+    saved = {n: x.to(device) for n, x in stored(operands).items()}
+    made: dict[str, Any] = {}
+    exec("\n".join(_read_lines(operands)), {"saved": saved}, made)
+    return Operands(made["q"], made["k"], made["v"], made["tensors"], operands.sizes)

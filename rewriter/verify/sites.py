@@ -48,6 +48,10 @@ class Sites:
     report: Report = Report()
     rewritten: dict[str, bool] = field(default_factory=dict)
     """By name of the site: new code computed it, each time."""
+    compared_new: bool = False
+    """New code was compared somewhere."""
+    failed: str = ""
+    """Why the watched call did not end."""
     _calls: Counter[str] = field(default_factory=Counter)
     _graphs: dict[int, Watched] = field(default_factory=dict)
     _softmaxes: int = 0
@@ -103,7 +107,9 @@ class Sites:
         best = (ref if gold is None else gold).out
         base = replace(baseline_of(ref.out, best), ref=ref.out)
         wider = WITHOUT_GOLD if gold is None else 1.0
-        self.rows.append(judged(name, "site", base, new.out, self.dtype, wider))
+        row = judged(name, "site", base, new.out, self.dtype, wider)
+        self.rows.append(row)
+        self.compared_new |= new.rewritten and (row.count > 0 or not row.ok)
         self.notes.extend(weak_spots(name, base))
 
 
@@ -128,7 +134,8 @@ def compare_sites(
         except RewriterError:
             raise
         except Exception as error:
-            sites.notes.append(f"the call whose sites are compared failed: {one_line(error)}")
+            sites.failed = f"the call whose sites are compared failed: {one_line(error)}"
+            sites.notes.append(sites.failed)
         sites.report = report()
     sites.notes[:] = dict.fromkeys([*sites.notes, *sites.report.notes, *_shortfalls(sites)])
     return sites

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from rewriter.passbase import Request
 from rewriter.report import SiteReport
 from rewriter.verify.against import original_runs, reference_runs
-from rewriter.verify.call import Call
+from rewriter.verify.call import Call, coarsest_dtype
 from rewriter.verify.judge import Judge
 
 __all__ = ["Yardstick"]
@@ -42,15 +41,11 @@ class Yardstick:
         return self._judges[key]
 
     def _judge(self, changed: frozenset[str] | None) -> Judge:
-        dtype, notes = self._coarsest(), list[str]()
+        dtype = coarsest_dtype(self.original, self.call.tensors.values())
+        notes: list[str] = []
         if changed is not None and not changed:
             expected = original_runs(self.original, self.call, dtype, notes)
         else:
             requests = self.requests
             expected = reference_runs(self.original, self.call, requests, notes, changed)
         return Judge.of(expected.ref, expected.gold, expected.gold_dtype, dtype)
-
-    def _coarsest(self) -> torch.dtype:
-        tensors = (*self.original.parameters(), *self.call.tensors.values())
-        dtypes = {t.dtype for t in tensors if t.is_floating_point()}
-        return max(dtypes or {torch.get_default_dtype()}, key=lambda d: torch.finfo(d).eps)

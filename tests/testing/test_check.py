@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import sympy
+import torch
 
 from rewriter import symbols as sym
 from rewriter.errors import CheckFailed, Declined, InputError
@@ -15,7 +17,7 @@ from rewriter.passbase import Pass, option
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
 from rewriter.testing import check
-from rewriter.testing.check import pass_rows
+from rewriter.testing.check import _differs, pass_rows
 from rewriter.testing.subject import Subject, pattern_cases, rewritten
 
 
@@ -258,3 +260,19 @@ def test_a_declined_trial_has_the_reason_of_the_pass() -> None:
     case = next(pattern_cases("causal self"))
     trial = rewritten(subject.examples[0], "causal self", case)
     assert (trial.new, trial.reason) == (None, "not today")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "reason"),
+    [
+        ([1.0, math.nan], [1.0, math.nan], ""),
+        ([1.0, 0.0], [1.0, math.nan], "is NaN on one side alone, in 1 of 2 values"),
+        ([1.0, math.nan], [1.0, 0.0], "is NaN on one side alone, in 1 of 2 values"),
+        ([2.0, math.nan], [1.0, math.nan], "differs by 1.0e+00"),
+        ([1.0, math.inf], [1.0, math.inf], ""),
+        ([1.0, math.inf], [1.0, -math.inf], "differs by inf"),
+        ([math.nan], [math.nan], ""),
+    ],
+)
+def test_heads_are_compared_with_their_nans(x: list[float], y: list[float], reason: str) -> None:
+    assert _differs(torch.tensor(x).double(), torch.tensor(y).double()) == reason

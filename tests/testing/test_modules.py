@@ -117,7 +117,7 @@ def run(door: Door, count: int, *, near_misses: bool) -> None:
 
 
 LONG = pytest.mark.timeout(max(300, 10 * int(os.environ.get("EXAMPLES", 0))))
-DOORS = pytest.mark.parametrize(("door", "count"), [(ahead_of_time, 8), (lazily, 3)])
+DOORS = pytest.mark.parametrize(("door", "count"), [(ahead_of_time, 5), (lazily, 2)])
 
 
 @DOORS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rewriter.errors import CheckFailed, InputError
+from rewriter.errors import CheckFailed, ExportError, InputError
 from rewriter.export import export_onnx
 from rewriter.optimize import optimize, requests_of
 from rewriter.testing.bits import different
@@ -136,6 +139,40 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         module.round_trips(Attention(), WINDOW, torch.randn(2, 5, 3))
 
 
+@pytest.mark.parametrize(
+    ("only", "why"),
+    [((), "it is empty"), (("export",), "it is `export` alone, and `onnx` is False")],
+)
+def test_asking_for_nothing_is_an_error(only: tuple[str, ...], why: str) -> None:
+    with pytest.raises(InputError, match=f"`only` asks for no round trip: {why}"):
+        trips(Attention(), only=only)
+
+
+@pytest.mark.parametrize("name", [n for n in module.CHECKS if n != "rewrite"])
+def test_no_round_trip_is_made_without_a_rewritten_site(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(module.CHECKS, name, lambda _: "")
+    found = trips(nn.Linear(8, 8), "fuse", onnx=True, only=(name,))
+    assert fault(found, "rewrite").startswith("no site was rewritten")
+    assert [x.check for x in found.rows] == ["rewrite", name, "no trace"]
+
+
+def test_a_rewriting_that_alone_cannot_be_exported_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(model: Any, *arguments: Any, **options: Any) -> None:
+        if requests_of(model):
+            raise ExportError("torch has no ONNX form of this model")
+
+    monkeypatch.setattr(module, "export_onnx", wrong)
+    reason = fault(trips(Attention(), onnx=True, only=("export",)), "export")
+    assert reason == (
+        "the plain model is exported, the rewritten one is not: "
+        "torch has no ONNX form of this model"
+    )
+
+
 def test_what_cannot_be_exported_is_skipped_with_the_reason() -> None:
     found = module.round_trips(
         Attention().bfloat16(), WINDOW, torch.randn(2, 5, 8).bfloat16(), only=("rewrite", "export")
@@ -212,37 +249,57 @@ def test_a_plan_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sparse.window(window=3)" in reason
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A rewritten checkpoint on the disk, which the tests below read and none changes."""
+    given, place = architecture("bert").inputs(length=8), tmp_path_factory.mktemp("saved")
+    requests, call = module._everywhere([WINDOW]), module._call(given)
+    made = module._Trips(small().eval(), requests, "auto", call, given, place)
+    assert made.saved.is_dir()
+    return made
+
+
+def saved_wrongly(saved: Any, place: Path, change: Callable[[Path], None]) -> Any:
+    """The same with a directory in which something is changed."""
+    made = copy.copy(saved)
+    made.__dict__["saved"] = shutil.copytree(saved.saved, place / "wrong")
+    change(made.saved)
+    return made
+
+
+def reason_of(name: str, made: Any) -> str:
+    found = module._outcome(name, "bert", module.CHECKS[name], made)
+    assert found.verdict == "failed"
+    return found.reason
+
+
 def test_a_directory_that_is_loaded_with_other_weights_or_passes(
-    monkeypatch: pytest.MonkeyPatch,
+    saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, only = module.load, ("save and load",)
+    load = module.load
     monkeypatch.setattr(module, "load", lambda path: doubled(load(path)))
-    assert fault(saved_trips(only=only), only[0]).startswith("the state of the loaded model: ")
+    assert reason_of("save and load", saved).startswith("the state of the loaded model: ")
     monkeypatch.setattr(module, "load", lambda path: optimize(load(path), SCALE))
-    assert fault(saved_trips(only=only), only[0]).startswith("the outputs of the loaded model: ")
+    assert reason_of("save and load", saved).startswith("the outputs of the loaded model: ")
 
 
-def test_a_directory_in_which_others_do_not_find_the_original(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    save = module.save
-    monkeypatch.setattr(module, "save", lambda model, path: save(doubled(model), path))
-    found = saved_trips(only=("plain load",))
-    assert "plain transformers loads: embeddings" in fault(found, "plain load")
+def test_a_directory_in_which_others_do_not_find_the_original(saved: Any, tmp_path: Path) -> None:
+    def change(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        save_file({n: x * 2 for n, x in load_file(path).items()}, path, {"format": "pt"})
+
+    made = saved_wrongly(saved, tmp_path, change)
+    assert "plain transformers loads: embeddings" in reason_of("plain load", made)
 
 
 def test_a_directory_that_cannot_be_loaded_is_a_failure_and_not_a_skip(
-    monkeypatch: pytest.MonkeyPatch,
+    saved: Any, tmp_path: Path
 ) -> None:
-    save = module.save
+    def change(directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
 
-    def wrong(model: Any, path: Path) -> None:
-        save(model, path)
-        (path / "config.json").write_text("{}")
-
-    monkeypatch.setattr(module, "save", wrong)
-    reason = fault(saved_trips(only=("save and load",)), "save and load")
-    assert reason.startswith("it raises PlanError: ")
+    made = saved_wrongly(saved, tmp_path, change)
+    assert reason_of("save and load", made).startswith("it raises PlanError: ")
 
 
 def test_a_file_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,15 @@ from rewriter import decide, lowering
 from rewriter import symbols as sym
 from rewriter.errors import InputError
 from rewriter.passbase import Pass, Request, Selector, option
+from rewriter.report import SiteReport
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
 from rewriter.verify.bisect import Culprit, bisect
-from rewriter.watch import Watched
+from rewriter.verify.diagnosis import Finding, diagnosis
+from rewriter.verify.reverting import Recorded
+from rewriter.verify.script import reloaded
+from rewriter.verify.stages import Operands
+from rewriter.watch import SiteCall, Watched
 from verify.many_sites import (
     BIAS,
     CAP,
@@ -270,7 +275,7 @@ def test_a_formula_that_was_read_wrongly_is_found_and_shown(
 
 def test_a_half_type_and_sizes_that_are_not_constants() -> None:
     torch.manual_seed(0)
-    tower = Tower(Shape(dim=16)).to(torch.bfloat16)
+    tower = Tower(Shape(dim=16, layers=1)).to(torch.bfloat16)
     data = batch(0, dim=16, length=7, dtype=torch.bfloat16)
     model = rewriter.optimize(tower, FUSE)
     assert bisect(tower, model, data) is None
@@ -297,23 +302,94 @@ def test_a_fault_that_watched_graphs_do_not_show_is_searched_for_in_graphs_of_th
     assert (culprit.at, culprit.site, culprit.stage) == ("lowering", "layers.2", "score")
 
 
+def strided() -> dict[str, Tensor]:
+    """Layouts that operands have in models."""
+    x = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5)
+    return {
+        "contiguous": x,
+        "heads inside": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "keys inside": x.mT.contiguous().mT,
+        "part of a projection": torch.cat([x, x], -1)[..., :5],
+        "expanded": x[:, :1].expand(2, 3, 4, 5),
+        "expanded and turned": x[:1].mT.contiguous().mT.expand(2, 3, 4, 5),
+        "windows": torch.arange(90.0).as_strided((2, 3, 4, 5), (40, 12, 3, 1)),
+    }
+
+
+@pytest.mark.parametrize("name", strided())
+def test_operands_are_read_with_the_strides_that_they_had(name: str) -> None:
+    x = strided()[name]
+    again = reloaded(Operands(x, x, x, {"bias": x}, {}))
+    for found in (again.q, again.k, again.v, again.tensors["bias"]):
+        assert torch.equal(found, x)
+        if name == "windows":  # one number has several places: it cannot be filled
+            assert found.is_contiguous()
+        else:
+            assert found.stride() == x.stride()
+
+
+SPEC = SoftmaxSpec()
+
+
+def recorded(x: Tensor) -> Recorded:
+    line = SiteReport(Site("layers.0", 0, spec=SPEC), 0, SPEC, "rewritten", "torch.blocked")
+    return Recorded(line, False, SiteCall("layers.0", x, x, x, x, (), ()), None)
+
+
+def found_on(x: Tensor, shows: Callable[[Tensor], bool]) -> Finding:
+    """What is found of an implementation that goes wrong where the keys are such."""
+
+    def change(forward: Forward) -> Forward:
+        def wrong(spec: SoftmaxSpec, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+            out = forward(spec, q, k, *rest)
+            return out + 1 if shows(k) else out
+
+        return wrong
+
+    with faulty(change):
+        found = diagnosis(recorded(x), None, "torch.blocked", gradients=False)
+    assert found is not None
+    return found
+
+
+def test_a_program_with_a_file_shows_what_depends_on_strides() -> None:
+    x = strided()["keys inside"]
+    found = found_on(x, lambda k: k.dim() == 4 and k.stride(2) == 1 and k.shape[3] > 1)
+    assert "new_empty_strided" in found.script
+    assert found.operands["k"].is_contiguous()
+
+
+def test_a_program_that_would_not_show_the_fault_is_left_out() -> None:
+    x = strided()["keys inside"]
+    place = x.data_ptr()  # of the model alone
+    found = found_on(x, lambda k: k.data_ptr() == place)
+    assert (found.at, found.stage, found.script, found.operands) == ("lowering", "operands", "", {})
+    assert "there is no program, because with operands read from a file the two agree" in (
+        found.reason
+    )
+    culprit = Culprit("layers.0", found.stage, found.at, found.reason)
+    assert "`save` writes" not in str(culprit)
+    with pytest.raises(InputError, match="there is no program that shows it"):
+        culprit.save("culprit.py")
+
+
 # --- no site, no fault, no model ------------------------------------------------------------------
 
 
 def test_a_function_that_is_changed_on_purpose_is_no_fault(row: nn.Module) -> None:
     """Beside it, a fault is still found."""
-    passes = ("heads.scale(heads=[0], by=0.5) @ 2", FUSE)
-    model = rewriter.optimize(row, *passes)
-    assert bisect(row, model, inputs(), gradients=False) is None
+    few = Row(forms=FORMS[:4])
+    model = rewriter.optimize(few, "heads.scale(heads=[0], by=0.5) @ 2", FUSE)
+    assert bisect(few, model, inputs(), gradients=False) is None
     with faulty(next_slope):
-        culprit = bisect(row, model, inputs(), gradients=False)
+        culprit = bisect(few, model, inputs(), gradients=False)
     assert culprit is not None
     assert (culprit.at, culprit.site, culprit.stage) == ("lowering", "layers.2", "score")
 
 
 def test_a_model_with_other_weights_has_no_culprit_among_its_sites(row: nn.Module) -> None:
-    other = Row()
-    culprit = bisect(other, rewriter.optimize(row, FUSE), inputs(), gradients=False)
+    few, other = Row(forms=FORMS[:4]), Row(forms=FORMS[:4])
+    culprit = bisect(other, rewriter.optimize(few, FUSE), inputs(), gradients=False)
     assert culprit is not None
     assert (culprit.at, culprit.site, culprit.stage) == ("none", "", "none")
     assert "other weights" in str(culprit)

@@ -118,6 +118,36 @@ def test_a_model_may_be_finite_where_half_precision_of_the_original_overflows() 
     assert judged(ref.clone(), ref, gold).ok
 
 
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("own", "exact", "found", "ok"),
+    [
+        (NAN, 5.0, INF, False),
+        (INF, 5.0, NAN, False),
+        (INF, 5.0, -INF, False),
+        (NAN, 5.0, NAN, True),
+        (NAN, 5.0, 5.0, True),
+        (NAN, 5.0, 6.0, False),
+        (NAN, INF, NAN, True),
+        (NAN, INF, INF, True),
+        (NAN, INF, -INF, False),
+        (NAN, INF, 5.0, False),
+    ],
+)
+def test_a_non_number_has_to_be_of_a_kind_that_the_original_or_gold_has(
+    own: float, exact: float, found: float, ok: bool
+) -> None:
+    gold = gold_values()
+    ref, new = gold.float(), gold.float()
+    gold[3], ref[3], new[3] = exact, own, found
+    row = judged(new, ref, gold)
+    assert row.ok == ok
+    if not abs(found) < INF and not ok:
+        assert f"like {found:g} where the original has {own:g}" in row.reason
+
+
 def test_a_tensor_without_a_finite_value_shows_nothing_and_fails() -> None:
     ref = torch.full((4,), torch.nan)
     row = judged(ref.clone(), ref, ref.double())

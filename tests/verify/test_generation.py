@@ -365,6 +365,12 @@ def test_a_model_that_cannot_generate_is_named() -> None:
         token_agreement(tiny("Llama"), tiny("Llama"), torch.ones(1, 2))
 
 
+def test_notes_of_padded_prompts_are_in_the_text() -> None:
+    padded = GenerationReport(1, 4, (), name="left padding", notes=("no gold",))
+    text = str(GenerationReport(2, 4, (), padded=(padded,), notes=("no cache",)))
+    assert text.endswith("note: no cache; note: left padding: no gold")
+
+
 def test_no_token_is_not_agreement() -> None:
     assert not GenerationReport(0, 4, ()).ok
     assert not GenerationReport(2, 0, ()).ok

@@ -77,6 +77,32 @@ def test_what_makes_the_matrix_and_claims_to_be_fused_fails() -> None:
     assert "where all 1 x 8 x 512 x 512 scores are 8.0 MiB" in site.reason
 
 
+def by_head(spec: SoftmaxSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Any, sizes: Any) -> Tensor:
+    """Dense, one head of one batch after the other."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            one = (slice(b, b + 1), slice(h, h + 1))
+            out[one] = reference(spec, q[one], k[one], v[one], tensors, sizes)
+    return out
+
+
+def test_what_makes_the_scores_of_one_head_after_the_other_fails() -> None:
+    honest = metered("torch.blocked", length=1536)
+    assert honest.judged
+    assert honest.ok
+    with implemented(by_head):
+        site = metered("torch.blocked", length=1536)
+        few = metered("torch.blocked", length=512)
+    assert not site.ok
+    assert site.largest < site.scores / 2
+    assert site.peak < site.scores
+    assert "where the scores of one head, 1536 x 1536, are 9.0 MiB: it makes them whole" in (
+        site.reason
+    )
+    assert few.ok  # one head is no more than a block: not told apart
+
+
 def test_too_few_scores_and_the_reference_are_not_judged() -> None:
     short = metered("torch.blocked", length=64)
     assert not short.judged

@@ -14,7 +14,9 @@ from rewriter import lowering
 from rewriter.errors import InputError, NotEquivalent
 from rewriter.optimize import report_of, requests_of
 from rewriter.verify import VerifyReport, verify
+from rewriter.verify.sites import Sites
 from rewriter.verify.structure import structure_of
+from rewriter.watch import Watched
 from verify.faults import FUSE, Lie, Looped, Restless, implemented, pair
 from verify.small_models import Shape, Tower, batch
 
@@ -25,12 +27,14 @@ def sites(report: VerifyReport) -> dict[str, bool]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_each_site_is_compared_in_one_capture(dtype: torch.dtype) -> None:
-    original, model = pair(dtype=dtype)
-    report = verify(original, model, batch(0, dtype=dtype), gradients=False)
-    assert sites(report) == {"blocks.0.attention": True, "blocks.1.attention": True}
+    count = 2 if dtype == torch.float32 else 1
+    original, model = pair(dtype=dtype, shape=Shape(layers=count))
+    report = verify(original, model, batch(0, dtype=dtype), gradients=False, sites=True)
+    assert sites(report) == {f"blocks.{i}.attention": True for i in range(count)}
     assert report.structure is not None
-    report.structure.expect(sites=2, rewritten=2, softmaxes=0, graphs=1, breaks=0, recompiles=0)
-    assert [row.kind for row in report.rows] == ["output", "site", "site"]
+    report.structure.expect(sites=count, rewritten=count, softmaxes=0)
+    report.structure.expect(graphs=1, breaks=0, recompiles=0)
+    assert [row.kind for row in report.rows] == ["output", *["site"] * count]
     for row in report.rows:
         assert row.count == 2 * 11 * 32
         assert row.detail is not None
@@ -44,7 +48,7 @@ def test_the_first_site_that_fails_is_the_one_that_is_wrong() -> None:
     original, model = pair(FUSE, Lie(layer=1))
     report = verify(original, model, batch(0), gradients=False, raises=False)
     assert sites(report) == {"blocks.0.attention": True, "blocks.1.attention": False}
-    with pytest.raises(NotEquivalent, match=r"first site that differs is `blocks\.1\.attention`"):
+    with pytest.raises(NotEquivalent, match=r"is `blocks\.1\.attention`.*`rewriter\.bisect"):
         report.raise_if_failed()
     first, second = (row.detail for row in report.rows if row.kind == "site")
     assert first is not None
@@ -56,7 +60,7 @@ def test_the_first_site_that_fails_is_the_one_that_is_wrong() -> None:
 
 
 def test_the_model_is_afterwards_as_it_was_optimized() -> None:
-    original, model = pair(FUSE, Lie(layer=7))
+    original, model = pair(FUSE, Lie(layer=7), shape=Shape(layers=1))
     inputs = batch(0)
     with torch.no_grad():
         before = model(**inputs)["hidden"]
@@ -73,13 +77,13 @@ WINDOW = "sparse.window(window=3)"
 
 
 def test_a_pass_that_changes_the_function_is_held_to_its_own_formula() -> None:
-    original, model = pair(WINDOW)
+    original, model = pair(WINDOW, shape=Shape(layers=1))
     report = verify(original, model, batch(0), gradients=False, raises=False)
-    assert sites(report) == {"blocks.0.attention": True, "blocks.1.attention": True}
+    assert sites(report) == {"blocks.0.attention": True}
     assert [row.name for row in report.failures] == ["hidden"]
     report = verify(original, model, batch(0), against="reference")
     assert report.gold == "the original with the same passes in float64"
-    assert sum(row.kind == "gradient" for row in report.rows) == 33
+    assert sum(row.kind == "gradient" for row in report.rows) == 17
     assert not requests_of(original)
 
 
@@ -146,14 +150,38 @@ def test_a_model_without_attention_fails_where_sites_are_asked_for_and_is_noted_
 
 
 def test_sites_that_run_their_own_code_are_told() -> None:
-    original, model = pair("fuse")
+    original, model = pair("fuse", shape=Shape(layers=1))
     report = verify(original, model, batch(0), gradients=False)
-    assert len(sites(report)) == 2
+    assert len(sites(report)) == 1
     (note,) = report.notes
-    assert note.startswith("2 of 2 sites run their own code: not rewritten, so nothing is shown")
+    assert note.startswith("1 of 1 sites run their own code: not rewritten, so nothing is shown")
     assert "11 x" in note or "fewer than" in note or "the original code below" in note
     assert report.structure is not None
-    report.structure.expect(sites=2, rewritten=0, softmaxes=2)
+    report.structure.expect(sites=1, rewritten=0, softmaxes=1)
+    report = verify(original, model, batch(0), gradients=False, sites=True, raises=False)
+    (row,) = report.failures
+    assert row.name == "(sites)"
+    assert row.reason.startswith("no rewritten attention site was compared: 1 of 1 sites run")
+
+
+def test_a_watched_call_that_fails_is_a_failure_where_sites_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, model = pair(shape=Shape(layers=1))
+    right = Sites.watch
+
+    def broken(sites: Sites, w: Watched, args: Any) -> Any:
+        right(sites, w, args)
+        raise ValueError("no more")
+
+    monkeypatch.setattr(Sites, "watch", broken)
+    report = verify(original, model, batch(0), gradients=False, sites=True, raises=False)
+    assert [row.name for row in report.failures] == ["(sites)"]
+    failed = "the call whose sites are compared failed: ValueError: no more"
+    assert report.failures[0].reason == failed
+    assert "bisect" not in report._failure()  # which does not look at sites by themselves
+    report = verify(original, model, batch(0), gradients=False)
+    assert failed in report.notes
 
 
 class Unread(nn.Module):
@@ -214,14 +242,15 @@ def test_what_a_graph_draws_and_writes_is_the_same_in_all_runs() -> None:
 
 
 def test_the_reference_of_a_broken_graph_that_keeps_a_count_is_the_same_function() -> None:
+    options: dict[str, Any] = {"against": "reference", "gradients": False, "sites": False}
     torch.manual_seed(0)
     original = Looped().eval()
     model = rewriter.optimize(copy.deepcopy(original), WINDOW)
-    report = verify(original, model, batch(0), against="reference", gradients=False)
+    report = verify(original, model, batch(0), **options)
     assert "gold is float64 inside each graph, and rounded between graphs" in report.notes
     original = Restless().eval()
     model = rewriter.optimize(copy.deepcopy(original), WINDOW)
-    report = verify(original, model, batch(0), against="reference", gradients=False)
+    report = verify(original, model, batch(0), **options)
     assert report.rows[0].err_ref is not None
     assert report.rows[0].err_ref.max < 1e-5
     assert float(original.steps) == 0.0

@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from rewriter.errors import InputError, NotEquivalent
 from rewriter.verify import verify
+from rewriter.verify.call import Run, coarsest_dtype
+from rewriter.verify.judge import Judge
+from rewriter.verify.leaves import Leaves
 from verify.small_models import FAULTS, FORMS, Shape, Tower, batch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -108,7 +111,7 @@ def test_a_failure_raises_with_numbers_and_a_next_step() -> None:
     original = tower(Shape(), torch.float32)
     wrong = copy.deepcopy(original).set(fault="mask off by one")
     with pytest.raises(
-        NotEquivalent, match=r"`hidden`: max error .* is allowed .*rewrite fewer"
+        NotEquivalent, match=r"`hidden`: max error .* is allowed .*See report.rows$"
     ) as info:
         verify(original, wrong, batch(0))
     assert info.value.report.failures[0].name == "hidden"
@@ -376,6 +379,27 @@ def test_the_gradient_of_a_bias_on_keys_is_no_false_alarm() -> None:
     row = next(r for r in report.rows if r.name == "blocks.0.attention.key.bias")
     assert row.allowed is not None
     assert row.allowed.max > 0
+
+
+def test_gradients_in_which_the_original_is_far_off_are_counted_in_one_note() -> None:
+    def run(**gradients: Tensor) -> Run:
+        return Run(Leaves({"out": torch.ones(1)}, ()), dict(gradients))
+
+    exact = torch.linspace(-1.0, 1.0, 8)
+    gold = run(**{"a.w": exact, "b.w": exact, "c.w": exact, "c.zero": torch.zeros(8)})
+    ref = run(**{"a.w": exact + 0.4, "b.w": 1.9 * exact, "c.w": exact, "c.zero": 1e-7 * exact})
+    (note,) = Judge.of(ref, gold, torch.float64, torch.float32).notes(None)
+    assert note.startswith("2 of 4 gradients: the original is off by so much that the bound is wi")
+    assert note.endswith("most at `b.w`: by up to 9.0e-01")
+
+
+def test_the_coarsest_dtype_is_that_of_parameters_and_of_autocast() -> None:
+    half = torch.ones(2, dtype=torch.float16)
+    assert coarsest_dtype(nn.Linear(2, 2), [half]) == torch.float32
+    assert coarsest_dtype(nn.Identity(), [half]) == torch.float16
+    assert coarsest_dtype(nn.Identity(), [torch.ones(2, dtype=torch.int64)]) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert coarsest_dtype(nn.Linear(2, 2), []) == torch.bfloat16
 
 
 def test_noise_drawn_by_the_model_is_the_same_in_all_runs() -> None:
