@@ -12,17 +12,19 @@ import torch
 
 from mutants import forms, gradients, lowerings, specs
 from mutants.catalogue import KINDS, Mutant, catalogue
-from mutants.seams import CONTROLS, first, rows_of
+from mutants.seams import CONTROLS, caught_by, first, raised
 from mutants.toy import Toy
 from rewriter.reference import reference
 from rewriter.testing.cases import BASES, Case, Dims
 from rewriter.testing.operands import operands
+from rewriter.testing.outcome import Outcome
 
 ALL = catalogue()
 CHEAP = [m for m in ALL if m.kind in ("spec", "form")]
 SOME = [
     *CHEAP,
-    *[m for m in ALL if m.kind in ("lowering", "gradient", "pass")][::10],
+    *[m for m in ALL if m.kind in ("lowering", "gradient", "pass")][6::12],
+    *[m for m in ALL if m.kind == "generation"][::5],
 ]
 
 
@@ -34,16 +36,31 @@ def test_the_catalogue_has_every_kind_and_no_name_twice() -> None:
 
 @pytest.mark.parametrize("mutant", SOME, ids=lambda m: f"{m.kind}: {m.name}")
 def test_the_harness_catches(mutant: Mutant) -> None:
-    assert first(rows_of(mutant)) is not None
+    found, earliest = caught_by(mutant)
+    assert found is not None, f"missed by {mutant.expected!r}, caught by {earliest}"
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, (kind, _) in CONTROLS.items() if kind in ("spec", "form")]
+    "name", [n for n, (kind, _) in CONTROLS.items() if kind in ("spec", "form", "generation")]
 )
 def test_an_honest_subject_raises_no_alarm(name: str) -> None:
     rows = list(CONTROLS[name][1]())
     assert any(row.verdict == "passed" for row in rows)
     assert first(rows) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "crash"),
+    [
+        ("IndexError: index 9 is out of bounds", True),
+        ("it raises CheckpointError: no plan", True),
+        ("the original runs, the model raises KeyError; call the model", True),
+        ("the output: max error 1.0e+00 where 1.0e-05 is allowed", False),
+        ("keys after 3 changed: outputs differ by 1.0e+00", False),
+    ],
+)
+def test_what_raised_has_caught_nothing(reason: str, crash: bool) -> None:
+    assert raised(Outcome("output", "a case", "failed", reason)) == crash
 
 
 # --- each mutant is a mutant ----------------------------------------------------------------------

@@ -11,7 +11,18 @@ from typing import Any, Literal
 
 __all__ = ["KINDS", "Kind", "Mutant", "catalogue"]
 
-Kind = Literal["spec", "pass", "lowering", "gradient", "lift", "graph", "round trip", "form"]
+Kind = Literal[
+    "spec",
+    "pass",
+    "lowering",
+    "gradient",
+    "lift",
+    "graph",
+    "round trip",
+    "form",
+    "generation",
+    "memory",
+]
 KINDS: tuple[Kind, ...] = (
     "spec",
     "pass",
@@ -21,6 +32,8 @@ KINDS: tuple[Kind, ...] = (
     "graph",
     "round trip",
     "form",
+    "generation",
+    "memory",
 )
 
 
@@ -33,14 +46,26 @@ class Mutant:
     breaks: str
     """What is wrong, or where the mistake was seen."""
     expected: str
-    """Words of the name of the check that should catch it."""
+    """Words of the name of the check that has to catch it."""
     made: Any
-    """What its seam takes: an edit of specs, a Pass, a Lowering, a patch, a form."""
+    """What its seam takes: an edit of specs, a Pass, a Lowering, a patch, a form, a decoder."""
 
 
 def catalogue() -> tuple[Mutant, ...]:
     """All mutants, in the order of their kinds."""
-    from mutants import forms, gradients, graphs, lifts, lowerings, passes, round_trips, specs
+    from mutants import (
+        decoders,
+        forms,
+        gradients,
+        graphs,
+        lifts,
+        lowerings,
+        memories,
+        passes,
+        round_trips,
+        specs,
+    )
 
-    modules = (specs, passes, lowerings, gradients, lifts, graphs, round_trips, forms)
+    modules: tuple[Any, ...] = (specs, passes, lowerings, gradients, lifts, graphs, round_trips)
+    modules += (forms, decoders, memories)
     return tuple(m for module in modules for m in module.MUTANTS)

@@ -2,7 +2,8 @@
 
 A family has one plain form that defines it and further forms that compute the same, as kernels do:
 in chunks, step by step, from selected blocks. A mutant is a mistake in one of these. It is held
-against the plain form (`laws.forms_agree`) and to the laws that the family obeys.
+against the plain form (`laws.forms_agree`) and to the laws that the family obeys; where a law sees
+it, that law is to.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def wrong(
 ) -> None:
     """The form with one of its faults."""
     made = Form(of, partial(of.forms[form], fault=fault))
-    MUTANTS.append(Mutant(name, "form", breaks, expected or "forms agree", made))
+    MUTANTS.append(Mutant(name, "form", breaks, expected or "law: forms agree", made))
 
 
 # --- linear attention with decay: `o_i = sum over j <= i of λ^(i - j) (q_i · k_j) v_j` ------------
@@ -196,7 +197,7 @@ wrong(
     "decay of another head",
     "slopes in the opposite order",
 )
-wrong(DECAY, "recurrent", "state in bf16", "state kept in bfloat16")
+wrong(DECAY, "recurrent", "state in bf16", "state kept in bfloat16", expected="law: values")
 wrong(DECAY, "chunks", "strict mask", "mask inside a block strict", "instead of inclusive")
 wrong(DECAY, "chunks", "state reset", "state of the last block only")
 wrong(DECAY, "chunks", "state decayed by one", "state decayed by a token, not by a block")
@@ -214,6 +215,7 @@ wrong(
     "inside first rounded",
     "inside term rounded before the sum",
     "the backward adds the inter part to what is rounded to bfloat16 already",
+    expected="law: values",
 )
 wrong(
     DECAY,
@@ -292,14 +294,22 @@ wrong(
     "sum without the tail",
     "normaliser without the tail",
     "the last partial block is missing in the denominator",
+    expected="law: row sums",
 )
-wrong(NORMALISED, "chunks", "sum without the block", "normaliser without the current token")
+wrong(
+    NORMALISED,
+    "chunks",
+    "sum without the block",
+    "normaliser without the current token",
+    expected="law: row sums",
+)
 wrong(
     NORMALISED,
     "chunks",
     "sum over all keys",
     "normaliser over all keys",
     "a causal numerator over a sum that sees the future",
+    expected="law: future",
 )
 wrong(
     NORMALISED,
@@ -307,6 +317,7 @@ wrong(
     "large epsilon",
     "epsilon of the size of the sum",
     "1e-12 is meant; 1e-2 weighs",
+    expected="law: row sums",
 )
 
 
@@ -402,13 +413,20 @@ ROUTED = family(
     by_block=routed_by_block,
 )
 
-wrong(ROUTED, "by block", "future blocks routed", "block summaries include future blocks")
+wrong(
+    ROUTED,
+    "by block",
+    "future blocks routed",
+    "block summaries include future blocks",
+    expected="law: future",
+)
 wrong(
     ROUTED,
     "by block",
     "current block routed",
     "the current block takes a place of the routed ones",
     "its mean has keys of the future",
+    expected="law: future",
 )
 wrong(
     ROUTED,
@@ -423,8 +441,16 @@ wrong(
     "own block not causal",
     "own block not causal",
     "is_causal is accepted, and the kernel is handed False",
+    expected="law: future",
 )
-wrong(ROUTED, "by block", "scores transposed", "top-k by a wrong score", "blocks in another order")
+wrong(
+    ROUTED,
+    "by block",
+    "scores transposed",
+    "top-k by a wrong score",
+    "blocks in another order",
+    expected="law: future",
+)
 wrong(
     ROUTED,
     "by block",
@@ -495,7 +521,13 @@ REGIONS = family(
 )
 
 wrong(REGIONS, "padded", "padding averaged", "padding keys averaged into a block mean")
-wrong(REGIONS, "padded", "padding seen", "padding of a ragged region attended to")
+wrong(
+    REGIONS,
+    "padded",
+    "padding seen",
+    "padding of a ragged region attended to",
+    expected="law: row sums",
+)
 wrong(
     REGIONS,
     "padded",
@@ -619,8 +651,15 @@ EDITED = family(
     groups=edited_groups,
 )
 
-wrong(EDITED, "groups", "normalised twice", "edited rows sum to 2", "normalised before and after")
-wrong(EDITED, "groups", "mass lost", "mass that is taken goes nowhere")
+wrong(
+    EDITED,
+    "groups",
+    "normalised twice",
+    "edited rows sum to 2",
+    "normalised before and after",
+    expected="law: row sums",
+)
+wrong(EDITED, "groups", "mass lost", "mass that is taken goes nowhere", expected="law: row sums")
 wrong(
     EDITED,
     "groups",
@@ -642,6 +681,7 @@ wrong(
     "shares of the key head",
     "edit chosen per key head",
     "with shared keys the choice is per query head",
+    expected="law: heads",
 )
 
 
@@ -693,14 +733,21 @@ wrong(
     "routed weights not renormalised",
     "the softmax runs over all heads, not over the chosen ones",
 )
-wrong(MIXED, "dense", "routes of the first token", "routes of the first token for all")
-wrong(MIXED, "dense", "routes by key heads", "routes by the keys")
+wrong(
+    MIXED,
+    "dense",
+    "routes of the first token",
+    "routes of the first token for all",
+    expected="law: queries",
+)
+wrong(MIXED, "dense", "routes by key heads", "routes by the keys", expected="law: queries")
 wrong(
     MIXED,
     "dense",
     "balance over the batch",
     "gates balanced over the batch",
     "a sequence depends on its neighbours",
+    expected="law: batch",
 )
-wrong(MIXED, "dense", "heads counted from 1", "routed heads counted from 1")
+wrong(MIXED, "dense", "heads counted from 1", "routed heads counted from 1", expected="law: heads")
 wrong(MIXED, "dense", "gate before the softmax", "gate of a head on its scores")

@@ -341,11 +341,18 @@ class Patched:
                 setattr(owner, name, value)
 
 
-def patch(owner: Any, method: str, name: str, breaks: str = "", kind: Any = "gradient") -> Any:
+def patch(
+    owner: Any,
+    method: str,
+    name: str,
+    breaks: str = "",
+    kind: Any = "gradient",
+    expected: str = "gradient",
+) -> Any:
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         made = Patched(BLOCKED, ((owner, method, function),))
-        expected = "gradient" if kind == "gradient" else "reference"
-        MUTANTS.append(Mutant(name, kind, breaks, expected, made))
+        words = "output" if kind == "lowering" else expected
+        MUTANTS.append(Mutant(name, kind, breaks, words, made))
         return function
 
     return add
@@ -387,7 +394,7 @@ def ours_without_heads(self: Any, grad: Tensor, dropped: Tensor) -> Tensor:
     return grad
 
 
-@patch(lowering, "backward", "ours: other weights dropped in the backward", "a second stream")
+@patch(lowering, "backward", "ours: other weights dropped in the backward", expected="dropout")
 def ours_with_other_dropout(*args: Any, seed: int | None = None) -> Any:
     return torch_backward.backward(*args, seed=None if seed is None else seed + 1)
 

@@ -80,7 +80,12 @@ class Planted:
 
 
 def planted(
-    owner: Any, attribute: str, name: str, breaks: str = "", expected: str = "verify", **more: Any
+    owner: Any,
+    attribute: str,
+    name: str,
+    breaks: str = "",
+    expected: str = "verify: output",
+    **more: Any,
 ) -> Callable[[Any], Any]:
     def add(function: Any) -> Any:
         made = Planted(Broken(((owner, attribute, function),)), **more)
@@ -142,21 +147,25 @@ def padding_frozen(maker: Any, lifted: Any, spec: Any) -> Any:
     return q, k, v, new, sizes
 
 
-@planted(insert, "_operands", "gradient of a captured tensor cut", "detached on its way in")
+@planted(insert, "_operands", "gradient of a captured tensor cut", "detached", "verify: gradient")
 def tensors_detached(maker: Any, lifted: Any, spec: Any) -> Any:
     q, k, v, tensors, sizes = _operands(maker, lifted, spec)
     new = [maker.call(torch.ops.aten.detach.default, (t,)) for t in tensors]
     return q, k, v, new, sizes
 
 
-@planted(insert, "_operands", "gradient of the keys cut", "a cache of keys without a gradient")
+@planted(insert, "_operands", "gradient of the keys cut", "keys detached", "verify: gradient")
 def keys_detached(maker: Any, lifted: Any, spec: Any) -> Any:
     q, k, v, tensors, sizes = _operands(maker, lifted, spec)
     return q, maker.call(torch.ops.aten.detach.default, (k,)), v, tensors, sizes
 
 
 @planted(
-    insert, "_operands", "keys cut at the length of the capture", "a stale size", expected="length"
+    insert,
+    "_operands",
+    "keys cut at the length of the capture",
+    "a stale size",
+    expected="another length: output",
 )
 def stale_length(maker: Any, lifted: Any, spec: Any) -> Any:
     q, k, v, tensors, sizes = _operands(maker, lifted, spec)
@@ -199,6 +208,6 @@ def spec_of_first_layer(captured: Captured, lifted: Any, spec: Any, target: str)
     return _insert(captured, lifted, first, target)
 
 
-@planted(Captured, "overwritten", "write in place not seen", expected="verify", in_place=True)
+@planted(Captured, "overwritten", "write in place not seen", in_place=True)
 def never_overwritten(self: Any, node: Any, end: Any) -> bool:
     return False

@@ -19,7 +19,7 @@ HONEST = lowering_of(Toy())
 MUTANTS: list[Mutant] = []
 
 
-def step(method: str, name: str, breaks: str = "", expected: str = "reference") -> Any:
+def step(method: str, name: str, breaks: str = "", expected: str = "output") -> Any:
     """A `Toy` in which the function takes the place of a step."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def packed(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, strides)
 
 
-@step("inputs", "strides ignored", "a kernel that takes its inputs as contiguous", "strides")
+@step("inputs", "strides ignored", "a kernel that takes its inputs as contiguous", "output")
 def strides_ignored(toy: Toy, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return packed(q), packed(k), packed(v)
 
@@ -100,7 +100,7 @@ def products_in_bf16(toy: Toy, x: Tensor) -> Tensor:
 
 
 @step(
-    "cast", "queries written in place", "the scale is multiplied into the caller's tensor", "input"
+    "cast", "queries written in place", "the scale is multiplied into the caller's tensor", "output"
 )
 def scaled_in_place(toy: Toy, x: Tensor) -> Tensor:
     if x.dtype == toy.wide and x.data_ptr() and not hasattr(toy, "done"):
@@ -207,7 +207,7 @@ def scores_in_fp16(toy: Toy, s: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return s.to(torch.float16).to(toy.wide), seen
 
 
-@step("score", "scores clamped to 88", "so that exp does not overflow")
+@step("score", "scores clamped to 88", "so that exp does not overflow", expected="extremes")
 @score_with
 def scores_clamped(toy: Toy, s: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return s.clamp(-88, 88), seen
@@ -219,12 +219,22 @@ def scale_of_64(toy: Toy, q: Tensor, k: Tensor, places: Tensor) -> tuple[Tensor,
     return Toy.score(toy, q * math.sqrt(q.shape[3] / padded), k, places)
 
 
-@step("hide", "hidden keys at -10000", "a number that scores of that size outweigh")
+@step(
+    "hide",
+    "hidden keys at -10000",
+    "a number that scores of that size outweigh",
+    expected="extremes",
+)
 def hidden_at_minus_ten_thousand(toy: Toy, s: Tensor, seen: Tensor) -> Tensor:
     return s.masked_fill(~seen, -1e4)
 
 
-@step("hide", "mask added with a finite number", "the score of a hidden key less 10000")
+@step(
+    "hide",
+    "mask added with a finite number",
+    "the score of a hidden key less 10000",
+    expected="extremes",
+)
 def hidden_by_sum(toy: Toy, s: Tensor, seen: Tensor) -> Tensor:
     return s - 1e4 * ~seen
 
@@ -232,12 +242,17 @@ def hidden_by_sum(toy: Toy, s: Tensor, seen: Tensor) -> Tensor:
 # --- softmax --------------------------------------------------------------------------------------
 
 
-@step("largest", "maximum not subtracted", "exp overflows at logits of 1e4")
+@step("largest", "maximum not subtracted", "exp overflows at logits of 1e4", expected="extremes")
 def no_maximum(toy: Toy, top: Tensor, s: Tensor) -> Tensor:
     return torch.zeros_like(top)
 
 
-@step("lowest", "maximum starts at zero", "rows whose scores are all far below 0 underflow")
+@step(
+    "lowest",
+    "maximum starts at zero",
+    "rows whose scores are all far below 0 underflow",
+    expected="extremes",
+)
 def maximum_from_zero(toy: Toy) -> float:
     return 0.0
 
@@ -327,7 +342,7 @@ MUTANTS.append(
         "splits averaged",
         "lowering",
         "parts of the keys joined by their number, not by their logsumexp",
-        "reference",
+        "output",
         lowering_of(_Splits()),
     )
 )
@@ -430,7 +445,7 @@ def rounded_output(toy: Toy, out: Tensor, gate: Any) -> Tensor:
 # --- whole forwards -------------------------------------------------------------------------------
 
 
-def forward(name: str, breaks: str = "", expected: str = "reference") -> Any:
+def forward(name: str, breaks: str = "", expected: str = "output") -> Any:
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         MUTANTS.append(Mutant(name, "lowering", breaks, expected, lowering_of(function)))
         return function
@@ -438,7 +453,7 @@ def forward(name: str, breaks: str = "", expected: str = "reference") -> Any:
     return add
 
 
-@forward("dtype of the result", "float32 out of a bfloat16 model", "dtype")
+@forward("dtype of the result", "float32 out of a bfloat16 model", "output")
 def result_in_float32(
     spec: SoftmaxSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Any
 ) -> Tensor:

@@ -81,7 +81,7 @@ def mask_replaced(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     return replace(spec, mask=near(self, spec) | (k < self.sinks)).without_unused()
 
 
-@instead_of(SlidingWindow, "a window that ignores the cache", "identity", "q for q + M - L")
+@instead_of(SlidingWindow, "a window that ignores the cache", "law: decode", "q for q + M - L")
 def cache_ignored(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
     back = sym.q - k
@@ -94,7 +94,7 @@ def window_on_cross(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     return replace(spec, mask=spec.mask & (near(self, spec) | (k < self.sinks)))
 
 
-@instead_of(SlidingWindow, "a window of blocks", "decode", "keys of the query's own block only")
+@instead_of(SlidingWindow, "a window of blocks", "meaning", "keys of the query's own block only")
 def block_window(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
     position, _ = query_position(spec)

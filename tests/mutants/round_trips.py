@@ -1,4 +1,7 @@
-"""Faults of what is done to a model and undone: restore, a second rewriting, plans, files, ONNX."""
+"""Faults of what is done to a model and undone: restore, a second rewriting, plans, files, ONNX.
+
+Saving and loading takes a model that transformers can name; that one is `saved_model`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from torch import nn
 
 from mutants.catalogue import Mutant
 from mutants.lifts import Broken
+from rewriter import checkpoint
 from rewriter import plan as plans
 
-__all__ = ["MUTANTS", "Trip"]
+__all__ = ["LAYERED", "MUTANTS", "SAVED", "Trip", "saved_model"]
 
 MUTANTS: list[Mutant] = []
 
@@ -30,18 +34,38 @@ class Trip:
     broken: Broken
     passes: tuple[str, ...]
     only: tuple[str, ...]
+    saved: bool = False
+    """Made with `saved_model`."""
 
 
 SCALED = ("heads.scale(heads=[0], by=0.5)",)
 LAYERED = ("heads.scale(heads=[1], by=0.25) @ 0", "fuse(from_scores=0) @ 1")
 
 
+SAVED = ("heads.scale(heads=[1], by=0.25) @ 0", "sparse.window(window=3) @ 1")
+
+
+def saved_model() -> tuple[nn.Module, dict[str, Any]]:
+    """A decoder of two layers, and its inputs."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 53, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, initializer_range=0.2, attn_implementation="eager"
+    )
+    ids = torch.randint(3, 53, (2, 7), generator=torch.Generator().manual_seed(0))
+    return transformers.LlamaForCausalLM(config).eval(), {"input_ids": ids, "use_cache": False}
+
+
 def fault(
     owner: Any, attribute: str, name: str, only: str, breaks: str = "", passes: Any = SCALED
 ) -> Callable[[Any], Any]:
     def add(function: Any) -> Any:
-        made = Trip(Broken(((owner, attribute, function),)), passes, ("rewrite", only))
-        MUTANTS.append(Mutant(name, "round trip", breaks, only, made))
+        broken, saved = Broken(((owner, attribute, function),)), passes is SAVED
+        made = Trip(broken, passes, ("rewrite", only), saved)
+        MUTANTS.append(Mutant(name, "round trip", breaks, f"round trip: {only}", made))
         return function
 
     return add
@@ -104,3 +128,48 @@ def static_onnx(model: Any, inputs: Any, path: Any, **options: Any) -> Any:
 @fault(TRIPS, "export_onnx", "ONNX of the model before the pass", "export")
 def plain_onnx(model: Any, inputs: Any, path: Any, **options: Any) -> Any:
     return _export(TRIPS._plain(model), inputs, path, **options)
+
+
+# --- saved and loaded -----------------------------------------------------------------------------
+
+_save, _open = TRIPS.save, checkpoint.open_directory
+
+
+@fault(plans.Plan, "to_dict", "saved plan drops a pass", "save and load", passes=SAVED)
+def saved_without_last(self: Any) -> Any:
+    return _to_dict(replace(self, passes=self.passes[:-1]))
+
+
+@fault(TRIPS, "load", "load ignores the selector", "save and load", passes=SAVED)
+def load_everywhere(directory: Any) -> Any:
+    model, plan = _open(directory)
+    bare = [replace(r, selector=type(r.selector)()) for r in plan.passes]
+    return _optimize(model, *bare, target=plan.target)
+
+
+@fault(TRIPS, "load", "load of the original alone", "save and load", "the plan unread", SAVED)
+def load_original(directory: Any) -> Any:
+    return _open(directory)[0]
+
+
+@fault(TRIPS, "save", "a factor saved in the weights", "plain load", "folded, then saved", SAVED)
+def save_folded(model: nn.Module, directory: Any) -> None:
+    weight = dict(model.named_parameters())["model.layers.0.self_attn.o_proj.weight"]
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[:, 8:16] *= 0.25
+    _save(model, directory)
+    with torch.no_grad():
+        weight.copy_(before)
+
+
+@fault(TRIPS, "save", "weights saved in bfloat16", "plain load", "the dtype of the run", SAVED)
+def save_rounded(model: nn.Module, directory: Any) -> None:
+    before = {n: x.detach().clone() for n, x in model.named_parameters()}
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(x.to(torch.bfloat16))
+    _save(model, directory)
+    with torch.no_grad():
+        for n, x in model.named_parameters():
+            x.copy_(before[n])

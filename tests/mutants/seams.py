@@ -1,12 +1,13 @@
 """How each kind of mutant meets the harness: the rows that a check gives, one after another.
 
-The checks are those of the package, with small sizes; `first` stops at the first row that fails.
-An honest subject goes through the same functions and has to pass.
+The checks are those of the package, with small sizes; `caught_by` stops when the check that a
+mutant names has failed. An honest subject goes through the same functions and has to pass.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,16 +15,20 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from mutants import forms, gradients, graphs, lifts
+from mutants import decoders, forms, gradients, graphs, lifts, memories, round_trips
 from mutants.catalogue import Kind, Mutant
 from mutants.lowerings import HONEST as HONEST_TOY
-from rewriter.lowering import BLOCKED, Lowering
+from rewriter.lowering import BLOCKED, Lowering, attention
 from rewriter.optimize import optimize
 from rewriter.passbase import PATTERNS, Pass
 from rewriter.passes.fuse import Fuse
 from rewriter.passes.heads import HeadScale
 from rewriter.passes.sparse import SlidingWindow
+from rewriter.report import SiteReport
+from rewriter.sites import Site
+from rewriter.spec import SoftmaxSpec
 from rewriter.testing import laws
 from rewriter.testing.cases import Case, Dims
 from rewriter.testing.check import pass_rows
@@ -31,9 +36,13 @@ from rewriter.testing.conformance import lowering_rows
 from rewriter.testing.grid import plan
 from rewriter.testing.outcome import Outcome
 from rewriter.testing.subject import Subject
-from rewriter.verify import verify
+from rewriter.verify import token_agreement, verify
+from rewriter.verify.call import Call
+from rewriter.verify.memory import SiteMeter, memory_of
+from rewriter.watch import SiteCall
+from verify.faults import implemented
 
-__all__ = ["CONTROLS", "first", "rows_of"]
+__all__ = ["CONTROLS", "caught_by", "first", "raised", "rows_of"]
 
 
 def rows_of(mutant: Mutant) -> Iterator[Outcome]:
@@ -45,6 +54,39 @@ def rows_of(mutant: Mutant) -> Iterator[Outcome]:
 def first(rows: Iterable[Outcome]) -> Outcome | None:
     """The first row that fails."""
     return next((row for row in rows if row.verdict == "failed"), None)
+
+
+def caught_by(mutant: Mutant) -> tuple[Outcome | None, Outcome | None]:
+    """The first row that fails of the check that is expected to, and of any check.
+
+    A row that failed because something raised has caught nothing: a crash is found by everybody.
+    """
+    earliest: Outcome | None = None
+    for row in rows_of(mutant):
+        if row.verdict != "failed" or raised(row):
+            continue
+        earliest = earliest or row
+        if mutant.expected in row.check:
+            return row, earliest
+    return None, earliest
+
+
+def raised(row: Outcome) -> bool:
+    """The row failed because something raised: its reason begins with an exception, or says so.
+
+    Steps of decoding give the text of the error alone; what they compared has a measure.
+    """
+    if row.check == "decode = parallel":
+        return row.used is None
+    found = _RAISED.search(row.reason)
+    return found is not None and (found[1] or found[2]) in _exceptions(BaseException)
+
+
+_RAISED = re.compile(r"raises (\w+)\b|^(\w+)(?::|$)")
+
+
+def _exceptions(kind: type[BaseException]) -> set[str]:
+    return {kind.__name__}.union(*map(_exceptions, type.__subclasses__(kind)))
 
 
 # --- specs and passes -----------------------------------------------------------------------------
@@ -132,13 +174,23 @@ def _verified(passes: tuple[str, ...], *, in_place: bool) -> Iterator[Outcome]:
 
 
 def _trip(trip: Any) -> Iterator[Outcome]:
-    """Round trips of the model of two layers."""
-    round_trips = import_module("rewriter.testing.round_trips").round_trips
+    """Round trips of a model of two layers."""
+    made = import_module("rewriter.testing.round_trips").round_trips
     torch._dynamo.reset()
     torch.manual_seed(0)
-    with trip.broken.active():
-        found = round_trips(graphs.Two(), trip.passes, graphs.inputs(9), only=trip.only)
+    model, inputs = round_trips.saved_model() if trip.saved else (graphs.Two(), graphs.inputs(9))
+    sizes = lifts.Broken(((torch, "compile", _constant),) if trip.saved else ())
+    with sizes.active(), trip.broken.active():
+        found = made(model, trip.passes, inputs, only=trip.only)
     yield from (replace(row, check=f"round trip: {row.check}") for row in found.rows)
+
+
+_compile = torch.compile
+
+
+def _constant(function: Any, *, backend: Any, dynamic: Any = None) -> Any:
+    """A capture at one size, which takes a third of the time."""
+    return _compile(function, backend=backend, dynamic=False)
 
 
 # --- forms ----------------------------------------------------------------------------------------
@@ -154,6 +206,52 @@ def _form(made: Any) -> Iterator[Outcome]:
     yield laws.forms_agree(made.form, made.family.plain, case)
 
 
+# --- generation and memory ------------------------------------------------------------------------
+
+
+def _generation(kind: type[decoders.Decoder]) -> Iterator[Outcome]:
+    """`token_agreement` with the honest decoder."""
+    made, original = decoders.decoder(kind), decoders.decoder()
+    found = token_agreement(original, made, decoders.prompt(), new_tokens=8)
+    for text in (found, *found.padded):
+        name = f"generation, {text.name}" if text is not found else "generation"
+        wrong = [x for x in text.partings if not x.tie]
+        verdict: Any = "failed" if wrong else "passed"
+        yield Outcome(f"{name}: tokens", "steps", verdict, f"{len(wrong)} rows part")
+        for row in text.checks:
+            verdict = "passed" if row.ok else "failed"
+            yield Outcome(f"{name}: {row.name}", "steps", verdict, row.reason, row.used)
+
+
+def _memory(forward: Callable[..., Tensor] | None) -> Iterator[Outcome]:
+    """`memory_of` a model of one site that is computed by this function; None: as it is."""
+    # the scores of one head are seen where they are more than a fused block, which is 4 MiB
+    spec, q = memories.SPEC, torch.randn(3, 1, 4, 1152, 8)
+    line = SiteReport(Site("site", 0, spec=spec), 0, spec, "rewritten", "torch.blocked")
+    meter = SiteMeter("torch.blocked")
+    with nullcontext() if forward is None else implemented(forward):
+        out = attention(*q, (), (), spec, "torch.blocked")
+        right = torch.allclose(out, attention(*q, (), (), spec, "reference"), atol=0.05)
+        meter(line, SiteCall("site", out, *q, (), ()))
+        models = (_Attention(spec, target) for target in ("reference", "torch.blocked"))
+        found = memory_of(*models, Call.of(tuple(q), 0, gradients=False), meter)
+    if not right:
+        yield Outcome("right", "site", "failed", "it is another function: no fault of memory")
+    failures = "; ".join(found.failures)
+    yield Outcome(
+        "memory: site", "1 x 4 x 1152 x 1152", "failed" if failures else "passed", failures
+    )
+
+
+class _Attention(nn.Module):
+    def __init__(self, spec: SoftmaxSpec, target: str) -> None:
+        super().__init__()
+        self.spec, self.target = spec, target
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, (), (), self.spec, self.target)
+
+
 _SEAMS: dict[Kind, Callable[[Any], Iterator[Outcome]]] = {
     "spec": _spec,
     "pass": _pass,
@@ -163,14 +261,19 @@ _SEAMS: dict[Kind, Callable[[Any], Iterator[Outcome]]] = {
     "graph": _graph,
     "round trip": _trip,
     "form": _form,
+    "generation": _generation,
+    "memory": _memory,
 }
 
 
 def _honest_trip() -> Iterator[Outcome]:
-    from mutants import round_trips
-
     only = ("rewrite", "restore", "optimize twice", "plan", "export")
-    yield from _trip(round_trips.Trip(lifts.Broken(()), round_trips.LAYERED, only))
+    yield from _trip(round_trips.Trip(NOTHING.broken, round_trips.LAYERED, only))
+
+
+def _honest_save() -> Iterator[Outcome]:
+    only = ("rewrite", "save and load", "plain load")
+    yield from _trip(round_trips.Trip(NOTHING.broken, round_trips.SAVED, only, saved=True))
 
 
 def _forms() -> Iterator[Outcome]:
@@ -198,6 +301,9 @@ CONTROLS: dict[str, tuple[Kind, Callable[[], Iterator[Outcome]]]] = {
     "the graph as it is": ("graph", lambda: _graph(NOTHING)),
     "the graph with a window": ("graph", lambda: _graph(ON_PURPOSE)),
     "honest round trips": ("round trip", _honest_trip),
+    "honest saving": ("round trip", _honest_save),
     "the honest forms": ("form", _forms),
+    "the honest decoder": ("generation", lambda: _generation(decoders.Decoder)),
+    "torch.blocked as it is": ("memory", lambda: _memory(None)),
 }
 """What is right, by the seam that it goes through."""

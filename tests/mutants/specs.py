@@ -26,7 +26,7 @@ Edit = Callable[[SoftmaxSpec], SoftmaxSpec]
 MUTANTS: list[Mutant] = []
 
 
-def wrong(name: str, breaks: str, expected: str = "exact") -> Callable[[Edit], Edit]:
+def wrong(name: str, breaks: str, expected: str = "identity") -> Callable[[Edit], Edit]:
     def add(edit: Edit) -> Edit:
         MUTANTS.append(Mutant(name, "spec", breaks, expected, edit))
         return edit
