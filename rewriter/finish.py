@@ -87,7 +87,6 @@ def finish(
     if len(frame.lead_sizes) > 2 and kv_heads == 1:
         # `[B, Hkv, G, L, D]` looks like this, and its heads are not the last dimension alone.
         heads = kv_heads = sympy.nan
-        notes += ("which of its leading dimensions are heads is not known",)
     site = replace(
         site,
         spec=spec,

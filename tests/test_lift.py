@@ -16,6 +16,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 import rewriter
+from rewriter.errors import Declined
+from rewriter.passes.heads import HeadScale
 from rewriter.report import Report, SiteReport
 
 B, H, L, D = 2, 2, 7, 4
@@ -757,7 +759,8 @@ def outcome() -> Outcome:
 def test_heads_that_lie_in_two_dimensions_are_not_counted(outcome: Outcome) -> None:
     site = outcome.site("groups_of_one_sequence").site
     assert (site.heads, site.kv_heads) == (0, 0)
-    assert site.notes == ("which of its leading dimensions are heads is not known",)
+    with pytest.raises(Declined, match="how many heads this site has is not known"):
+        HeadScale(heads=(0,), by=0.0).rewrite(site, site.spec)
 
 
 SINGLE = {"softmax_in_float32", "softmax_method_in_float32", "softmax_of_cast_scores"}
