@@ -110,7 +110,7 @@ BASES: dict[str, SoftmaxSpec] = {
 }
 """Without the scale, which depends on the head dim: `base` sets it."""
 
-_OWN_SCALE = ("relative bias", "buckets")  # scale 1, as T5 has it
+_OWN_SCALE = ("relative bias", "buckets")  # models with such biases leave scores unscaled
 
 
 def base(name: str, head_dim: int) -> SoftmaxSpec:
