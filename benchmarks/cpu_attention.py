@@ -22,8 +22,8 @@ from sympy import Float, Ne, Symbol, tanh
 from torch import Tensor
 
 from rewriter.errors import LoweringError
-from rewriter.lowering import attention
-from rewriter.reference import evaluate, index_values
+from rewriter.evaluate import evaluate, index_values
+from rewriter.op import attention
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.symbols import Maximum, Minimum, Read, b, h, k, q, s
 

@@ -95,7 +95,14 @@ class Writer:
         if isinstance(x, Node):
             whole = self(aten.scalar_tensor.default, x, dtype=torch.int64, device=device)
             return self.to(whole, dtype)
-        return self(aten.full.default, [], x, dtype=dtype, device=device)
+        shape = [1] if isinstance(x, float) and _is_dropped(x) else []
+        return self(aten.full.default, shape, x, dtype=dtype, device=device)
+
+
+def _is_dropped(x: float) -> bool:
+    """The optimizer of torch.onnx takes the number for 0 or 1, and leaves out what adds it or
+    multiplies by it, if it has no dimension."""
+    return 0 < abs(x) <= 1e-8 or 0 < abs(x - 1) <= 1e-5
 
 
 def _hashable(x: Any) -> Any:

@@ -1,7 +1,8 @@
 """Gradients of an attention, block by block: each block's weights are computed again.
 
 The products are written out; autograd only differentiates the formulas: the score, where it is
-more than `s + bias` or reads a tensor that wants a gradient, the sink and the factor of the heads.
+more than `s + bias` or reads a tensor that wants a gradient, the sink, the factors of an edit by
+what they read, and the factor of the heads. Selections (`Where`) have no gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rewriter.kernels.torch_block import Part, narrowed
 from rewriter.kernels.torch_blocked import Call, Weights
+from rewriter.kernels.torch_edit import EditedBlock
 from rewriter.spec import SoftmaxSpec
 
 __all__ = ["backward"]
@@ -77,7 +79,9 @@ class _Step:
             keep = call.kept(self.number, found.p.shape)
             grad = grad / (1.0 - call.spec.dropout)
         p = found.p if found.share is None else self._shared(found.p)
-        dropped = p if keep is None else p * keep
+        edit = call.edit(found, p, None)
+        edited = p if edit is None else self._edited(edit, p)
+        dropped = edited if keep is None else edited * keep
         grad = self._through_heads(call.rows(grad, found.x), dropped)  # [B · Hkv, G · rows, Dv]
         self._add_columns(2, dropped, grad)
         if self.sums[0] is None and self.sums[1] is None and not any(call.wanted):
@@ -86,6 +90,8 @@ class _Step:
         torch.bmm(grad, call.columns(call.v, found.x).mT, out=dp)
         if keep is not None:
             dp *= keep
+        if edit is not None:
+            self._through_edit(edit, p, dp)
         self._through_sink(p, dp)
         dz = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         if call.plan.terms and found.is_filled and call.spec.masked != "add":
@@ -104,6 +110,31 @@ class _Step:
         """The weights with what the sink takes taken off."""
         assert self.found.share is not None
         return p.mul_(self.found.share.reshape(p.shape[0], -1, 1))
+
+    def _edited(self, edit: EditedBlock, p: Tensor) -> Tensor:
+        call = self.call
+        edited = call.buffer("edited", tuple(p.shape)).copy_(p)
+        call.part(edit, edited).mul_(call.spread(edit, edit.factors()))
+        return edited
+
+    def _through_edit(self, edit: EditedBlock, p: Tensor, dp: Tensor) -> None:
+        """Turns dp from the gradient of the edited weights, t, into that of the weights before:
+        `u_j = a_g t_j + b_g`. Their softmax backward then gives `p_j (u_j - Δ)`."""
+        call = self.call
+        p, dp = call.part(edit, p), call.part(edit, dp)
+        with torch.enable_grad():
+            factors = edit.factors()
+        b = None
+        if edit.code.slopes or any(a.requires_grad for a in factors):
+            weighted = torch.mul(p, dp, out=call.buffer("weighted", tuple(p.shape)))
+            t = edit.sums(weighted)
+            b = edit.through_masses(t)
+            for a, total in zip(factors, torch.split(t, 1, -1), strict=True):
+                if a.requires_grad:
+                    self.outputs.append((a, total.sum_to_size(_four(a))))
+        dp.mul_(call.spread(edit, factors))
+        if b is not None:
+            dp.add_(call.spread(edit, b))
 
     def _through_heads(self, grad: Tensor, dropped: Tensor) -> Tensor:
         call, x = self.call, self.found.x

@@ -22,6 +22,7 @@ from rewriter import symbols as sym
 from rewriter.errors import ShapeError
 from rewriter.kernels.block_bounds import Segments
 from rewriter.kernels.torch_block import Block, Value
+from rewriter.kernels.torch_edit import EditedBlock
 from rewriter.kernels.torch_plan import Spans, Term, any_hidden, plan_of, queries_of
 from rewriter.spec import SoftmaxSpec
 
@@ -338,9 +339,25 @@ class Call:
         assert out is not None
         return out
 
+    def edit(self, found: Weights, p: Tensor, share: Tensor | None) -> EditedBlock | None:
+        """The edit of the weights p `[B · Hkv, G · rows, K]` of a block, if the spec has one."""
+        code = self.plan.code.edit
+        return None if code is None else EditedBlock(code, found.x, p.view(found.x.shape), share)
+
+    def part(self, edit: EditedBlock, p: Tensor) -> Tensor:
+        """The keys that the edit concerns, of weights or their gradients, `[B, H, rows, ·]`."""
+        return p.view(edit.x.shape)[..., edit.keys]
+
+    def spread(self, edit: EditedBlock, values: Sequence[Tensor]) -> Tensor:
+        """The value of each such key's group, in memory that the next call reuses."""
+        return edit.spread(values, self.buffer("spread", (*edit.x.shape[:3], edit.width)))
+
     def output(self, number: int, found: Weights) -> Tensor:
         """The output of a block, `[B, H, rows, Dv]`. Overwrites the weights."""
         p = found.p
+        edit = self.edit(found, p, found.share)
+        if edit is not None:
+            self.part(edit, p).mul_(self.spread(edit, edit.factors()))
         if self.spec.dropout:
             p = p.mul_(self.kept(number, p.shape))
         o = torch.bmm(p, self.columns(self.v, found.x)).view(*found.x.shape[:3], -1)

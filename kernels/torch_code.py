@@ -2,8 +2,10 @@
 
 The text is a Python module: `score(x, s)`, `score_(x, s)` which overwrites s where the formula is a
 chain of operations on s, `hidden_0(x)`, `hidden_1(x)`, ... for the terms of the mask (true where a
-key is not seen), `sink(x)` and `heads(x)`. `x` is a `Block`. The functions follow the reference
-operation by operation; only two things differ. A scale is part of the score unless it is a number,
+key is not seen), `sink(x)`, `heads(x)`, and for an edit `group(x)`, `factor_0(x, m)`, ... and
+`slope_1_0(x, m)`, the derivative of factor 1 by mass 0. `x` is a `Block`, `m` holds the masses. The
+functions follow the reference operation by operation; only two things differ. A scale is part of
+the score unless it is a number,
 and a formula in `k - q` alone, such as a bucketed relative bias, is computed once a diagonal.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import linecache
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -26,9 +28,10 @@ from rewriter import symbols as sym
 from rewriter.errors import LoweringError
 from rewriter.kernels.torch_block import Block, Value
 from rewriter.spec import SoftmaxSpec
+from rewriter.stages import Edit
 from rewriter.symbols import Formula
 
-__all__ = ["Code", "compiled", "conjuncts", "source"]
+__all__ = ["Code", "EditCode", "compiled", "conjuncts", "source"]
 
 _D = Symbol("k - q", integer=True)
 """The diagonal. No size can have this name."""
@@ -39,6 +42,19 @@ _UNARY = {
     **{name: name for name in ("exp", "log", "tanh", "cos", "sin", "sign", "floor")},
 }
 _FOLDED = {"Add": "+", "Mul": "*", "Pow": "**", "And": "&", "Or": "|", "IDiv": "//", "IMod": "%"}
+
+
+@dataclass(frozen=True)
+class EditCode:
+    """The compiled functions of an edit; `m` are the masses of a row, each `[B, H, rows, 1]`."""
+
+    group: Callable[[Block], Value]
+    factors: tuple[Callable[[Block, Sequence[Tensor]], Value], ...]
+    slopes: tuple[tuple[int, int, Callable[[Block, Sequence[Tensor]], Value]], ...]
+    """`(i, j, d factor i / d mass j)`, without those that are 0."""
+    reads_masses: bool
+    concerned: tuple[bool, ...]
+    """For each group, whether its factor is not 1 or some factor reads its mass."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class Code:
     heads: Callable[[Block], Value] | None
     bias: Callable[[Block], Value] | None
     """What is added to s, if the score is linear and adds something."""
+    edit: EditCode | None
 
 
 def conjuncts(mask: Boolean) -> tuple[Boolean, ...]:
@@ -91,7 +108,32 @@ def compiled(spec_json: str) -> Code:
         sink=namespace.get("sink"),
         heads=namespace.get("heads"),
         bias=namespace.get("bias"),
+        edit=None if spec.edit is None else _edit_code(spec.edit, namespace),
     )
+
+
+def _edit_code(edit: Edit, namespace: Mapping[str, Any]) -> EditCode:
+    read = {m for a in edit.factors for m in a.free_symbols & set(sym.masses)}
+    return EditCode(
+        group=namespace["group"],
+        factors=tuple(namespace[f"factor_{i}"] for i in range(len(edit.factors))),
+        slopes=tuple((i, j, namespace[f"slope_{i}_{j}"]) for i, j, _ in _slopes(edit)),
+        reads_masses=bool(read),
+        concerned=tuple(
+            a != 1 or m in read for a, m in zip(edit.factors, sym.masses, strict=False)
+        ),
+    )
+
+
+def _slopes(edit: Edit) -> list[tuple[int, int, Expr]]:
+    """The derivatives of factors by masses that are not 0."""
+    found = [
+        (i, j, cast(Expr, factor.diff(mass)))
+        for i, factor in enumerate(edit.factors)
+        for j, mass in enumerate(sym.masses)
+        if factor.has(mass)
+    ]
+    return [x for x in found if x[2] != 0]
 
 
 def source(spec: SoftmaxSpec) -> str:
@@ -116,6 +158,11 @@ def source(spec: SoftmaxSpec) -> str:
         found.append(function("sink(x)", spec.sink))
     if spec.heads != 1:
         found.append(function("heads(x)", spec.heads))
+    if spec.edit is not None:
+        found.append(function("group(x)", spec.edit.group))
+        factors = enumerate(spec.edit.factors)
+        found += [function(f"factor_{i}(x, m)", factor) for i, factor in factors]
+        found += [function(f"slope_{i}_{j}(x, m)", d) for i, j, d in _slopes(spec.edit)]
     functions = [*diagonals.values(), *(f for f in found if f)]
     title = str(spec).replace("\\", "").replace('"', "'")
     return "\n\n\n".join([f'"""{title}"""\n\nimport torch', *functions]) + "\n"
@@ -233,6 +280,8 @@ class _Printer:
             return "d"
         if symbol in (sym.b, sym.h, sym.q, sym.k):
             return f"x.{symbol}"
+        if symbol in sym.masses:
+            return f"m[{sym.masses.index(symbol)}]"
         return f"x.sizes[{str(symbol)!r}]"
 
     def _diagonal(self, formula: Formula) -> str:
@@ -325,7 +374,7 @@ def _is_tensor(formula: Formula) -> bool:
     """The value is a tensor: it varies with an index, reads a tensor or is a real function."""
     if isinstance(formula, sym.Read) or formula.func.__name__ in _UNARY:
         return True
-    if formula in (sym.b, sym.h, sym.q, sym.k, sym.s, _D):
+    if formula in (sym.b, sym.h, sym.q, sym.k, sym.s, _D, *sym.masses):
         return True
     return any(_is_tensor(a) for a in formula.args)
 

@@ -172,6 +172,8 @@ def _form(
     """How `scaled_dot_product_attention` says the spec at these sizes, or why it cannot."""
     plan = plan_of(spec_json)
     spec = plan.spec
+    if spec.edit is not None:
+        return "the weights are edited by groups of keys"
     if not plan.code.is_linear:
         return "the score is not the scaled product plus a bias"
     if spec.sink is not None:

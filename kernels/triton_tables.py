@@ -19,8 +19,8 @@ from sympy import Expr, Symbol
 from torch import Tensor
 
 from rewriter import symbols as sym
+from rewriter.evaluate import evaluate
 from rewriter.kernels.triton_code import kind_of
-from rewriter.reference import evaluate
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.symbols import Formula, Read
 

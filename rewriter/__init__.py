@@ -11,7 +11,9 @@ rewriter.restore(model)
 from rewriter import errors
 from rewriter.checkpoint import load, save
 from rewriter.export import export_onnx
-from rewriter.optimize import inspect, optimize, report_of, restore
+from rewriter.giving import give, head_outputs, label_spans
+from rewriter.linear import LinearSpec
+from rewriter.optimize import auxiliary_loss, inspect, optimize, report_of, restore
 from rewriter.passbase import Pass, option
 from rewriter.report import Report, SiteReport
 from rewriter.sites import Site
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Behaviour",
     "Culprit",
+    "LinearSpec",
     "Pass",
     "Report",
     "Site",
@@ -30,11 +33,15 @@ __all__ = [
     "SoftmaxSpec",
     "TensorArg",
     "VerifyReport",
+    "auxiliary_loss",
     "behaviour",
     "bisect",
     "errors",
     "export_onnx",
+    "give",
+    "head_outputs",
     "inspect",
+    "label_spans",
     "load",
     "optimize",
     "option",

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import sympy
 from sympy import Expr
-from torch import fx
+from torch import fx, nn
 
 from rewriter import symbols as sym
 from rewriter.capture import Captured
@@ -19,7 +19,7 @@ __all__ = ["assembled", "chooser", "copied", "insert_all"]
 
 
 def assembled(
-    gm: fx.GraphModule, captured: Captured, planned: Planned, target: str
+    gm: fx.GraphModule, captured: Captured, planned: Planned, target: str, model: nn.Module
 ) -> Callable[..., Any]:
     """What runs in the place of Dynamo's graph.
 
@@ -32,25 +32,25 @@ def assembled(
     pays = chooser(captured, fused)
     if pays is False:
         if changed:
-            insert_all(captured, changed, target)
+            insert_all(captured, changed, target, model)
             return cast(Callable[..., Any], captured.module)
         return cast(Callable[..., Any], gm)
     if pays is True:
-        insert_all(captured, [*changed, *fused], target)
+        insert_all(captured, [*changed, *fused], target, model)
         return cast(Callable[..., Any], captured.module)
     short: Callable[..., Any] = gm
     if changed:
         copy, work = copied(captured, changed)
-        insert_all(copy, work, target)
+        insert_all(copy, work, target, model)
         short = copy.module
-    insert_all(captured, [*changed, *fused], target)
+    insert_all(captured, [*changed, *fused], target, model)
     long: Callable[..., Any] = captured.module
     return lambda *args: long(*args) if pays(args) else short(*args)
 
 
-def insert_all(captured: Captured, work: Sequence[Work], target: str) -> None:
+def insert_all(captured: Captured, work: Sequence[Work], target: str, model: nn.Module) -> None:
     for item in work:
-        insert(captured, item.lifted, item.spec, target)
+        insert(captured, item.lifted, item.spec, target, model)
     captured.graph.eliminate_dead_code()
     captured.graph.lint()
     captured.module.recompile()
@@ -73,6 +73,7 @@ def copied(captured: Captured, work: Sequence[Work]) -> tuple[Captured, list[Wor
         fx.GraphModule(captured.module, graph),
         prefix=captured.prefix,
         is_root=captured.is_root,
+        inputs={mapping[n]: origin for n, origin in captured.inputs.items() if n in mapping},
         autocast={mapping[n]: dtype for n, dtype in captured.autocast.items() if n in mapping},
     )
     return copy, [replace(w, lifted=w.lifted.moved(mapping)) for w in work]

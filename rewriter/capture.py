@@ -86,6 +86,9 @@ class Captured:
     may serve several such parts, and its paths are those of the first."""
     constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     """Inputs whose value never changes."""
+    parameters: dict[str, fx.Node] | None = None
+    """In an exported graph, the input that holds each parameter and buffer of the model; in a graph
+    of the lazy door None."""
     notes: list[str] = field(default_factory=list)
     """What went less well than the report of each site says."""
     written: frozenset[fx.Node] = frozenset()
@@ -101,6 +104,23 @@ class Captured:
     @property
     def graph(self) -> fx.Graph:
         return self.module.graph
+
+    @property
+    def is_exported(self) -> bool:
+        """The graph is that of an exported program: it may hold operations of torch alone."""
+        return self.parameters is not None
+
+    def parameter(self, name: str) -> fx.Node | None:
+        """The input of an exported graph that holds the parameter.
+
+        Raises:
+            CaptureError: if the graph has inputs for parameters, and none for this one.
+        """
+        if self.parameters is None:
+            return None
+        if name not in self.parameters:
+            raise CaptureError(f"{name} was added after the model was exported; run it once first")
+        return self.parameters[name]
 
     @property
     def fake_mode(self) -> FakeTensorMode | None:
@@ -359,7 +379,7 @@ def export(
 
 def from_exported(program: torch.export.ExportedProgram) -> Captured:
     """The graph of an exported program, with its inputs named."""
-    captured = Captured(program.graph_module)
+    captured = Captured(program.graph_module, parameters={})
     signature = program.graph_signature
     for node in captured.graph.nodes:
         if node.op != "placeholder":
@@ -369,6 +389,7 @@ def from_exported(program: torch.export.ExportedProgram) -> Captured:
             ("buffer", signature.inputs_to_buffers),
         ):
             if node.name in table:
+                cast(Any, captured.parameters)[table[node.name]] = node
                 captured.inputs[node] = (
                     table[node.name].rpartition(".")[2],
                     f"{kind} {table[node.name]}",

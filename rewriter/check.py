@@ -17,10 +17,10 @@ from sympy import Expr
 from torch import fx
 
 from rewriter import symbols as sym
+from rewriter.evaluate import evaluate
 from rewriter.frame import GraphFacts, Lifted
 from rewriter.operands import Operand
 from rewriter.reading import value_of
-from rewriter.reference import evaluate
 from rewriter.sample import LONGEST_SMALL, MAX_ELEMENTS, Sample, Skip, concrete_expr
 from rewriter.spec import SoftmaxSpec
 

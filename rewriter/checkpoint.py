@@ -15,14 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rewriter.additions import restored_additions, saved_additions, without_additions
 from rewriter.errors import CheckpointError
 from rewriter.hub import check_device, check_directory, load_model, read_json
 from rewriter.optimize import optimize, report_of, requests_of, target_of
 from rewriter.plan import FILE, Plan, config_of, parameters_of
 from rewriter.report import Report
+
+ADDED = "rewriter.safetensors"
+"""The parameters that passes added."""
 
 __all__ = ["changed_sites", "check_output", "load", "open_directory", "save"]
 
@@ -70,8 +75,11 @@ def save(model: nn.Module, directory: str | Path, *, source: str | Path | None =
         )
     check_output(directory)
     origin = _source_of(config, source)
-    with _new_directory(directory) as partial:
+    added, buffers = saved_additions(model)
+    with _new_directory(directory) as partial, without_additions(model):
         write(str(partial))
+        if added:
+            save_file(added, partial / ADDED, metadata={"buffers": json.dumps(buffers)})
         if origin is not None:
             _copy_rest(origin, partial)
         plan = Plan(
@@ -81,6 +89,7 @@ def save(model: nn.Module, directory: str | Path, *, source: str | Path | None =
             kind=type(model).__name__,
             config=config_of(read_json(partial / "config.json")),
             parameters=parameters_of(model),
+            added={name: list(value.shape) for name, value in added.items()},
         )
         text = json.dumps(plan.to_dict(), indent=1, ensure_ascii=False)
         (partial / FILE).write_text(text + "\n", encoding="utf-8")
@@ -104,7 +113,26 @@ def load(directory: str | Path, *, device: str = "cpu") -> nn.Module:
             "call rewriter.optimize(model)"
         )
     model, plan = open_directory(directory, device=device)
-    return optimize(model, *plan.passes, target=plan.target)
+    optimize(model, *plan.passes, target=plan.target)
+    _load_additions(Path(directory), plan, model)
+    return model
+
+
+def _load_additions(directory: Path, plan: Plan, model: nn.Module) -> None:
+    """Puts the saved parameters of passes in their places."""
+    file = directory / ADDED
+    if not plan.added:
+        return
+    if not file.exists():
+        raise CheckpointError(f"{directory} has no {ADDED}, which holds what its passes added")
+    try:
+        values = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            buffers = json.loads((opened.metadata() or {}).get("buffers", "[]"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    plan.check_added(file, {name: list(x.shape) for name, x in values.items()})
+    restored_additions(model, values, buffers)
 
 
 def open_directory(directory: str | Path, *, device: str = "cpu") -> tuple[nn.Module, Plan]:

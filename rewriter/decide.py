@@ -18,7 +18,7 @@ from rewriter import symbols as sym
 from rewriter.capture import Captured
 from rewriter.check import disagreement, fingerprint
 from rewriter.check_output import output_disagreement
-from rewriter.errors import LoweringError
+from rewriter.errors import LoweringError, RewriterError
 from rewriter.find import Found, find
 from rewriter.formulas import on_one_axis
 from rewriter.frame import Lifted
@@ -29,7 +29,8 @@ from rewriter.reading import value_of
 from rewriter.report import Report, SiteReport
 from rewriter.sample import Skip
 from rewriter.sites import Site
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
+from rewriter.taps import input_of, residual_of
 
 __all__ = ["Planned", "State", "Work", "layer_count", "lifted_sites", "plan_of"]
 
@@ -48,8 +49,9 @@ class State:
     graphs: int = 0
     notes: list[str] = field(default_factory=list)
     checked: bool = False
-    failure: LoweringError | None = None
-    """An implementation was asked for by name and cannot be had; raised when the call is over."""
+    failure: RewriterError | None = None
+    """An implementation was asked for by name and cannot be had, or what was given does not fit;
+    raised when the call is over."""
     only: frozenset[str] | None = None
     """Names of the sites that may be rewritten; None for all."""
     watcher: Callable[[Any, tuple[Any, ...]], Any] | None = None
@@ -75,7 +77,7 @@ class Work:
     """A site that was understood, and what it is to compute."""
 
     lifted: Lifted
-    spec: SoftmaxSpec
+    spec: Spec
     from_scores: int = 0
     exact: bool = True
     """Every pass that was applied says that the function stays the same."""
@@ -212,11 +214,13 @@ def _decide(
     if state.only is not None and site.name not in state.only:
         return SiteReport(site, 0, spec, "kept", "original", "it is to be left alone"), None
     requests, shared = _selectable(state.requests, captured)
+    if any(r.action.stage != "none" for r in requests):
+        site = _surveyed(lifted, captured, model)
     after, applied, refusals = apply(requests, site, spec, layer_count(model, site.path))
     refusals = (*shared, *refusals)
     sizes = cast(Bounds, lifted.bounds).sizes
     if after != spec and sizes[sym.q] == sizes[sym.k]:
-        after = on_one_axis(after)
+        after = on_one_axis(after) if isinstance(after, SoftmaxSpec) else after
     reason = "; ".join(refusals)
     if not applied:
         reason = reason or "no pass selects it"
@@ -239,6 +243,20 @@ def _decide(
     exact = all(r.action.contract == "exact" for r in requests if r.text in applied)
     work = Work(lifted, after, start, exact)
     return SiteReport(site, 0, after, "rewritten", name, reason, applied), work
+
+
+def _surveyed(lifted: Lifted, captured: Captured, model: nn.Module) -> Site:
+    """The site with what passes may want to know of the graph around it."""
+    sizes = cast(Bounds, lifted.bounds).sizes
+    x, stream = input_of(lifted, captured), residual_of(lifted, captured)
+    return replace(
+        lifted.site,
+        q_len=int(sizes[sym.q]) if sizes[sym.q].is_Integer else 0,
+        kv_len=int(sizes[sym.k]) if sizes[sym.k].is_Integer else 0,
+        input_dim=0 if x is None else x.dim,
+        residual_dim=0 if stream is None else stream.dim,
+        layers=layer_count(model, lifted.site.path),
+    )
 
 
 def _selectable(

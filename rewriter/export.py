@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rewriter.capture import from_exported, uncompiled
 from rewriter.errors import ExportError, InputError, RewriterError
-from rewriter.kernels.onnx_softmax import inline_attention
+from rewriter.kernels.onnx_attention import inline_attention
 from rewriter.optimize import requests_of, rewrite_graph
 from rewriter.program import (
     Call,

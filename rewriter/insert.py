@@ -10,14 +10,16 @@ from typing import Any, cast
 import sympy
 import torch
 from sympy import Expr, Symbol
-from torch import fx
+from torch import fx, nn
 
 from rewriter.capture import Captured
 from rewriter.frame import Lifted
 from rewriter.indices import as_size
+from rewriter.programs import Programs
 from rewriter.reading import op_name, value_of
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.symbols import IDiv
+from rewriter.taps import link_of
 
 __all__ = ["insert", "operands_of"]
 
@@ -36,20 +38,23 @@ LAYOUT = (
 )
 
 
-def insert(captured: Captured, lifted: Lifted, spec: SoftmaxSpec, target: str) -> fx.Node:
+def insert(
+    captured: Captured, lifted: Lifted, spec: Spec, target: str, model: nn.Module | None = None
+) -> fx.Node:
     """Replaces the site's region by a `rewriter::attention` node that computes `spec`; returns that
-    node.
+    node. Parameters that a pass adds go to `model`.
 
     The nodes of the region are left to dead-code elimination, so that what is used elsewhere stays.
     """
     replaced = lifted.found.product if lifted.found.product is not None else lifted.found.anchor
     maker = _Maker(captured, replaced)
     with captured.graph.inserting_before(replaced):
-        q, k, v, tensors, sizes = _operands(maker, lifted, spec)
-        node = maker.call(
-            torch.ops.rewriter.attention.default,
-            (q, k, v, tensors, sizes, spec.to_json(), target),
-        )
+        q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
+        args: tuple[Any, ...] = (q, k, v, tensors, sizes, spec.to_json(), target)
+        link = link_of(lifted) if _remembers(spec) and not captured.is_exported else None
+        if link is not None:
+            args = (*args, _current(link.full), _current(link.past), lifted.site.name)
+        node = maker.call(torch.ops.rewriter.attention.default, args)
         out = maker.shaped(node, lifted)
     out.meta |= {k: v for k, v in replaced.meta.items() if k != "val"}
     replaced.replace_all_uses_with(out)
@@ -65,13 +70,28 @@ def operands_of(captured: Captured, lifted: Lifted) -> tuple[Any, ...]:
         return _operands(_Maker(captured, place), lifted, cast(SoftmaxSpec, lifted.site.spec))
 
 
-def _operands(maker: _Maker, lifted: Lifted, spec: SoftmaxSpec) -> tuple[Any, ...]:
+def _remembers(spec: Spec) -> bool:
+    """Something that a lowering works out of the keys is worth keeping beside a KV cache."""
+    return not isinstance(spec, SoftmaxSpec) or spec.route is not None
+
+
+def _operands(
+    maker: _Maker, lifted: Lifted, spec: Spec, model: nn.Module | None = None
+) -> tuple[Any, ...]:
     """Queries, keys and values in the layout of the op, and what the formulas of `spec` read."""
     q, k, v = (maker.operand(x) for x in (lifted.q, lifted.k, lifted.v))
     own = cast(SoftmaxSpec, lifted.site.spec)
     nodes = dict(zip((t.name for t in own.tensors), lifted.tensors, strict=True))
     sizes = dict(zip(own.sizes, lifted.sizes, strict=True))
-    tensors = [_current(nodes[t.name]) for t in spec.tensors]
+    added = [t for t in spec.tensors if t.source is not None]
+    programs = None
+    if added:
+        assert model is not None, "parameters are added to a model"
+        programs = Programs(maker.captured, lifted, model, maker.call, _current, (q, k, v))
+    tensors = [
+        _current(nodes[t.name]) if t.source is None else cast(Programs, programs).node(t)
+        for t in spec.tensors
+    ]
     return q, k, v, tensors, [maker.size(sizes[n]) for n in spec.sizes]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from rewriter import lowering
+from rewriter.additions import additions_of, discard, given_to
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of
@@ -25,6 +26,7 @@ from rewriter.report import Report, SiteReport
 from rewriter.watch import Watched, watched
 
 __all__ = [
+    "auxiliary_loss",
     "inspect",
     "optimize",
     "reinstalled",
@@ -41,7 +43,9 @@ DEFAULT = ("fuse",)
 _STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
 
 
-def optimize(model: nn.Module, *passes: str | Pass | Request, target: str = "auto") -> nn.Module:
+def optimize(
+    model: nn.Module, *passes: str | Pass | Request, target: str = "auto", inputs: Any = None
+) -> nn.Module:
     """Rewrites the attention of a model, in place and lazily: graphs are captured when the model is
     next called.
 
@@ -54,6 +58,9 @@ def optimize(model: nn.Module, *passes: str | Pass | Request, target: str = "aut
         target: `"auto"` picks an implementation by device and shape; a name (`"reference"`,
             `"torch"`, `"triton"`) asks for it, and the first call of the model raises LoweringError
             where it cannot be had.
+        inputs: one call's inputs, with which the model is run once, without gradients. Passes that
+            add parameters (routers, feature maps, gates, sinks) make them at the first call: give
+            inputs, or call the model once, before you make an optimiser.
 
     Raises:
         PassError: an unknown pass or option, or a value out of range.
@@ -68,6 +75,10 @@ def optimize(model: nn.Module, *passes: str | Pass | Request, target: str = "aut
     _check_layers(requests, model)
     restore(model)
     _install(model, state)
+    if inputs is not None:
+        args, kwargs = call_arguments(inputs)
+        with torch.no_grad():
+            model(*args, **kwargs)
     return model
 
 
@@ -78,7 +89,7 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _install(model: nn.Module, state: State) -> None:
-    alive = weakref.ref(model)
+    alive, had_additions = weakref.ref(model), additions_of(model) is not None
     # A code object of its own: Dynamo keeps graphs and counts recompilations by code object.
     run = FunctionType(_run.__code__.replace(), _run.__globals__)
     compile_: Any = torch.compile
@@ -89,11 +100,15 @@ def _install(model: nn.Module, state: State) -> None:
         _keep_image_size(module, args, kwargs)
         reasons = torch._dynamo.utils.graph_break_reasons
         known = len(reasons)
+        given_to(module).losses.clear()
         with capturing():
             out = compiled(module, *args, **kwargs)
+        _add_losses(module, out)
         state.breaks |= {str(r.user_stack[-1:]) for r in reasons[known:]}
         if state.failure is not None:
-            restore(module)
+            _uninstall(module)
+            if not had_additions:
+                discard(module)
             raise state.failure
         if not state.checked:
             state.checked = True
@@ -123,11 +138,37 @@ def _keep_image_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         torch._dynamo.mark_static(given, list(range(1, given.dim())))
 
 
+def _add_losses(model: nn.Module, out: Any) -> None:
+    """Adds the loss terms of the call's passes to the loss that the model returns, so that every
+    trainer reaches them."""
+    if not given_to(model).losses:
+        return
+    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        cast(Any, out)["loss"] = loss + auxiliary_loss(model).to(loss)
+
+
+def auxiliary_loss(model: nn.Module) -> torch.Tensor:
+    """The loss terms of the last training call, such as the load balance of routers: a scalar.
+
+    Where a model returns its loss by that name, as Hugging Face models do, the terms are part of it
+    already; add them to a loss of your own.
+    """
+    losses = list(given_to(model).losses.values())
+    return torch.stack([x.float() for x in losses]).sum() if losses else torch.zeros(())
+
+
 def restore(model: nn.Module) -> nn.Module:
-    """Gives the model back as it was, bit for bit. Harmless on a model that was not optimized."""
+    """Gives the model back as it was, bit for bit; what passes added is gone. Harmless on a model
+    that was not optimized."""
+    _uninstall(model)
+    discard(model)
+    return model
+
+
+def _uninstall(model: nn.Module) -> None:
     if _STATES.pop(model, None) is not None:
         model.__dict__.pop("_compiled_call_impl", None)
-    return model
 
 
 @contextmanager
@@ -162,7 +203,7 @@ def reinstalled(
     try:
         yield state.report
     finally:
-        restore(model)
+        _uninstall(model)
         if before[0] is not None:
             _STATES[model] = before[0]
         if before[1] is not None:
@@ -292,10 +333,12 @@ class _Backend:
             captured = from_dynamo(gm, names, list(signature(model.forward).parameters))
             planned = plan_of(captured, model, self.state, number)
             sites = planned.reports
-            run = self._run(gm, captured, planned)
+            run = self._run(gm, captured, planned, model)
             self.state.notes.extend(captured.notes)
             self.state.sites.extend(sites)
             return run
+        except InputError as error:
+            self.state.failure = error
         except CaptureError as error:
             self.state.notes.append(f"graph {number} runs as it was: {error}")
         except Exception as error:
@@ -309,13 +352,15 @@ class _Backend:
             )
         return cast(Callable[..., Any], gm)
 
-    def _run(self, gm: fx.GraphModule, captured: Captured, planned: Planned) -> Callable[..., Any]:
+    def _run(
+        self, gm: fx.GraphModule, captured: Captured, planned: Planned, model: nn.Module
+    ) -> Callable[..., Any]:
         watcher, target = self.state.watcher, self.state.target
         if watcher is None:
-            run = assembled(gm, captured, planned, target)
+            run = assembled(gm, captured, planned, target, model)
             self.state.softmaxes += softmaxes(captured.graph)
             return run
-        form = watched(captured, planned, target)
+        form = watched(captured, planned, target, model)
         return lambda *args: watcher(form, args)
 
 
@@ -326,5 +371,5 @@ def rewrite_graph(
     ahead-of-time door."""
     state = State(tuple(requests), target)
     planned = plan_of(captured, model, state, 0)
-    insert_all(captured, [*planned.changed, *planned.fused], target)
+    insert_all(captured, [*planned.changed, *planned.fused], target, model)
     return planned.reports

@@ -24,7 +24,7 @@ from rewriter import symbols as sym
 from rewriter.errors import Declined, PassError, SelectorError
 from rewriter.options import check_options, list_text, option, options_of, value_text
 from rewriter.selectors import Selector
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,8 @@ class Pass:
     contract: ClassVar[Contract]
     stage: ClassVar[str]
     """The stage of the spec that it edits: "mask", "score", "heads", ...; "none"."""
+    families: ClassVar[tuple[str, ...]] = ("softmax",)
+    """The families of specs that it can edit; it is not asked about others."""
     identity: ClassVar[str]
     """A request that leaves every function as it was."""
     patterns: ClassVar[tuple[Pattern, ...]] = ()
@@ -85,8 +87,9 @@ class Pass:
     def __post_init__(self) -> None:
         check_options(self, self.name)
 
-    def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
-        """The edited spec.
+    def rewrite(self, site: Site, spec: Any) -> Any:
+        """The edited spec. New tensors that it reads carry a `Source`, which says how they are
+        computed beside the attention, and from which new parameters.
 
         Raises:
             Declined: the pass does not apply to this site; the text is the reason.
@@ -229,8 +232,8 @@ def _value(kind: type[Pass], key: str, node: ast.expr) -> Any:
 
 
 def apply(
-    requests: Iterable[Request], site: Site, spec: SoftmaxSpec, layer_count: int
-) -> tuple[SoftmaxSpec, tuple[str, ...], tuple[str, ...]]:
+    requests: Iterable[Request], site: Site, spec: Spec, layer_count: int
+) -> tuple[Spec, tuple[str, ...], tuple[str, ...]]:
     """Applies the requests that select this site, in order.
 
     Returns:
@@ -242,7 +245,9 @@ def apply(
         if not request.selector.matches(site, layer_count):
             continue
         try:
-            edited = request.action.rewrite(site, spec)
+            if spec.family not in request.action.families:
+                raise Declined(f"the site computes {spec.family} attention by now")
+            edited: Spec = request.action.rewrite(site, spec)
             if request.selector.heads is not None:
                 edited = blend(edited, spec, _heads(request.selector, site), site.heads)
         except Declined as reason:
@@ -281,7 +286,7 @@ def head_condition(heads: Sequence[int]) -> Boolean:
     return cast(Boolean, sympy.Or(*terms))
 
 
-def blend(new: SoftmaxSpec, old: SoftmaxSpec, heads: Sequence[int], count: int) -> SoftmaxSpec:
+def blend(new: Spec, old: Spec, heads: Sequence[int], count: int) -> Spec:
     """`new` for the query heads in `heads`, `old` for the other ones of `count`.
 
     Raises:
@@ -289,11 +294,24 @@ def blend(new: SoftmaxSpec, old: SoftmaxSpec, heads: Sequence[int], count: int) 
     """
     if new == old or tuple(heads) == tuple(range(count)):
         return new
-    for stage in ("masked", "dropout"):
+    named = {t.name: t for t in (*old.tensors, *new.tensors)}
+    sizes = tuple(dict.fromkeys((*old.sizes, *new.sizes)))
+    known: dict[str, Any] = {"tensors": tuple(named.values()), "sizes": sizes}
+    only_outputs = replace(cast(Any, new), heads=old.heads, active=old.active, **known)
+    if only_outputs == replace(cast(Any, old), **known):
+        blended = replace(
+            cast(Any, new),
+            heads=_where(head_condition(heads), new.heads, old.heads),
+            active=None,
+            **known,
+        )
+        return cast(Spec, blended.without_unused())
+    if not isinstance(new, SoftmaxSpec) or not isinstance(old, SoftmaxSpec):
+        raise Declined("the pass changes the family, which cannot differ between heads")
+    for stage in ("masked", "dropout", "route", "edit", "local", "active", "patch"):
         if getattr(new, stage) != getattr(old, stage):
             raise Declined(f"the pass changes {stage}, which cannot differ between heads")
     here = head_condition(heads)
-    named = {t.name: t for t in (*old.tensors, *new.tensors)}
     if any(named[t.name] != t for t in old.tensors):
         raise Declined("the pass gives a new meaning to a tensor that other heads still read")
     sink = None
@@ -306,8 +324,7 @@ def blend(new: SoftmaxSpec, old: SoftmaxSpec, heads: Sequence[int], count: int) 
         mask=_blend_masks(here, new.mask, old.mask),
         sink=sink,
         heads=_where(here, new.heads, old.heads),
-        tensors=tuple(named.values()),
-        sizes=tuple(dict.fromkeys((*old.sizes, *new.sizes))),
+        **known,
     ).without_unused()
 
 

@@ -48,6 +48,8 @@ class Plan:
     config: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, list[int]] = field(default_factory=dict)
     """Shape of everything in the state dict."""
+    added: dict[str, list[int]] = field(default_factory=dict)
+    """Shape of every parameter that passes added, by its full name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `read` is the inverse."""
@@ -62,6 +64,7 @@ class Plan:
                 "parameters": self.parameters,
                 "sha256": _digest(self.config, self.parameters),
             },
+            "added": self.added,
             "sites": self.sites,
         }
 
@@ -87,6 +90,7 @@ class Plan:
                 kind=str(model["class"]),
                 config=dict(model["config"]),
                 parameters={str(k): [int(n) for n in v] for k, v in model["parameters"].items()},
+                added={str(k): [int(n) for n in v] for k, v in data.get("added", {}).items()},
             )
             changed = model["sha256"] != _digest(plan.config, plan.parameters)
         except OSError as error:
@@ -117,6 +121,19 @@ class Plan:
                     f"config.json and {self.config.get(key)!r} in {FILE}"
                 )
 
+    def check_added(self, where: Path, found: dict[str, list[int]]) -> None:
+        """Refuses the added parameters of another plan.
+
+        Raises:
+            PlanError: names the first parameter that differs.
+        """
+        name = _difference(self.added, found)
+        if name:
+            raise PlanError(
+                f"{where} belongs to another plan: {name} has shape {found.get(name)} there and "
+                f"{self.added.get(name)} in {FILE}"
+            )
+
     def check_model(self, where: Path, model: nn.Module) -> None:
         """Refuses another model.
 
@@ -140,6 +157,11 @@ class Plan:
                 raise PlanError(
                     f"{where}: the plan has a site {name}, and the model no such module"
                 )
+
+
+def _difference(a: dict[str, list[int]], b: dict[str, list[int]]) -> str:
+    """The first name that the two do not have in common with the same shape; empty if none."""
+    return next((n for n in sorted({*a, *b}) if a.get(n) != b.get(n)), "")
 
 
 def config_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,170 +1,27 @@
 """The meaning of the IR: a dense, slow interpreter of specs in plain PyTorch, in any dtype up to
 float64.
 
-Every other lowering is tested against this file, and nothing else is trusted. It allocates B x H x
-L x M tensors.
+Every other lowering is tested against this file and the two beside it (`reference_linear`,
+`reference_routes`), and nothing else is trusted. It allocates B x H x L x M tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Mapping, Sequence
 
-import sympy
 import torch
 from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.errors import ShapeError
-from rewriter.spec import SoftmaxSpec
-from rewriter.symbols import Formula
+from rewriter.evaluate import Value, evaluate, index_values, tensor_of
+from rewriter.linear import LinearSpec
+from rewriter.reference_linear import linear
+from rewriter.reference_routes import routed_keys
+from rewriter.spec import SoftmaxSpec, Spec
+from rewriter.stages import Edit, Local
 
-__all__ = ["evaluate", "mask_of", "reference", "reference_weights"]
-
-Value: TypeAlias = Tensor | int | float | bool
-
-
-def evaluate(
-    formula: Formula, values: Mapping[str, Value], tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> Value:
-    """The value of a formula, broadcast over the indices that it uses.
-
-    Args:
-        formula: a sympy expression as `rewriter.symbols` describes.
-        values: what each symbol stands for, by name: `{"q": arange tensor, "L": 16, ...}`.
-        tensors: the tensors that `Read` reads, by name.
-        dtype: floating tensors that are read are cast to it.
-    """
-
-    def real(x: Formula) -> Value:
-        return evaluate(x, values, tensors, dtype)
-
-    def fold(function: Callable[[Any, Any], Value]) -> Value:
-        result = real(formula.args[0])
-        for arg in formula.args[1:]:
-            result = function(result, real(arg))
-        return result
-
-    if formula in (sympy.true, sympy.false):
-        return bool(formula)
-    if isinstance(formula, sympy.Symbol):
-        return values[str(formula)]
-    if formula.is_Integer:
-        return int(formula)
-    if formula.is_number and not formula.args:
-        return float(formula)
-    match formula.func.__name__:
-        case "Read":
-            return _read(cast(sym.Read, formula), values, tensors, dtype)
-        case "Add":
-            return fold(lambda x, y: x + y)
-        case "Mul":
-            return fold(lambda x, y: x * y)
-        case "And":
-            return fold(lambda x, y: x & y)
-        case "Or":
-            return fold(lambda x, y: x | y)
-        case "Not":
-            x = real(formula.args[0])
-            return ~x if isinstance(x, Tensor) else not x
-        case "Pow":
-            return fold(lambda x, y: x**y)
-        case "Where":
-            condition, x, y = (real(a) for a in formula.args)
-            if not isinstance(condition, Tensor):
-                return x if condition else y
-            return torch.where(
-                condition, _tensor(x, condition, dtype), _tensor(y, condition, dtype)
-            )
-        case "Minimum" | "Maximum":
-            x, y = (real(a) for a in formula.args)
-            if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-                return min(x, y) if formula.func is sym.Minimum else max(x, y)
-            like = x if isinstance(x, Tensor) else cast(Tensor, y)
-            pick = torch.minimum if formula.func is sym.Minimum else torch.maximum
-            return pick(*_promoted(x, y, like))
-        case "IDiv":
-            return fold(lambda x, y: x // y)
-        case "IMod":
-            return fold(lambda x, y: x % y)
-        case "Trunc":
-            x = real(formula.args[0])
-            return x.to(torch.int64) if isinstance(x, Tensor) else int(x)
-        case "Fadd":
-            return fold(lambda x, y: _float32(x) + _float32(y))
-        case "Fmul":
-            return fold(lambda x, y: _float32(x) * _float32(y))
-        case "Fdiv":
-            return fold(lambda x, y: _float32(x) / _float32(y))
-        case "Abs" | "exp" | "log" | "tanh" | "cos" | "sin" | "sign" | "floor" | "ceiling" as name:
-            function = {"Abs": torch.abs, "ceiling": torch.ceil}.get(name) or getattr(torch, name)
-            x = real(formula.args[0])
-            return cast(Tensor, function(x if isinstance(x, Tensor) else torch.tensor(x)))
-        case name if formula.is_Relational:
-            x, y = real(formula.lhs), real(formula.rhs)
-            compare = {
-                "<": "__lt__",
-                "<=": "__le__",
-                ">": "__gt__",
-                ">=": "__ge__",
-                "==": "__eq__",
-                "!=": "__ne__",
-            }
-            if not isinstance(x, Tensor) and isinstance(y, Tensor):
-                x = torch.tensor(x, device=y.device)
-            return cast(Value, getattr(x, compare[formula.rel_op])(y))
-        case name if formula.is_number:
-            return float(formula)
-    raise ShapeError(f"the reference has no rule for {name} in {formula}")
-
-
-def _read(
-    read: sym.Read, values: Mapping[str, Value], tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> Tensor:
-    source = tensors[read.tensor]
-    source = source.to(dtype) if source.is_floating_point() else source.to(torch.int64)
-    if not read.index:
-        return source
-    index = (evaluate(i, values, tensors, dtype) for i in read.index)
-    return source[
-        tuple(i if isinstance(i, Tensor) else torch.tensor(i, device=source.device) for i in index)
-    ]
-
-
-def _float32(x: Value) -> Value:
-    return x.to(torch.float32) if isinstance(x, Tensor) else x
-
-
-def _tensor(x: Value, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    kind = torch.bool if isinstance(x, bool) else torch.int64 if isinstance(x, int) else dtype
-    return torch.tensor(x, dtype=kind, device=like.device)
-
-
-def _promoted(x: Value, y: Value, like: Tensor) -> tuple[Tensor, Tensor]:
-    a, c = (v if isinstance(v, Tensor) else torch.tensor(v, device=like.device) for v in (x, y))
-    kind = torch.result_type(a, c)
-    return a.to(kind), c.to(kind)
-
-
-def index_values(
-    spec: SoftmaxSpec,
-    b: int,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    sizes: Sequence[int],
-    device: torch.device,
-) -> dict[str, Value]:
-    """The index symbols as tensors that broadcast to `[B, H, L, M]`, and the sizes as integers."""
-    grid = [torch.arange(n, device=device) for n in (b, heads, q_len, kv_len)]
-    shapes = [(-1, 1, 1, 1), (-1, 1, 1), (-1, 1), (-1,)]
-    values: dict[str, Value] = {
-        name: x.view(shape) for name, x, shape in zip("bhqk", grid, shapes, strict=True)
-    }
-    values |= {"B": b, "H": heads, "L": q_len, "M": kv_len}
-    return values | dict(zip(spec.sizes, sizes, strict=True))
+__all__ = ["edited", "finished", "mask_of", "reference", "reference_weights"]
 
 
 def mask_of(
@@ -178,13 +35,11 @@ def mask_of(
     sizes: Sequence[int] = (),
 ) -> Tensor:
     """The mask as a boolean tensor `[L, M]` for one batch and head, else `[B, H, L, M]`; True where
-    the key is seen."""
+    the key is seen. A route is not part of it."""
     named = dict(zip((t.name for t in spec.tensors), tensors, strict=True))
     values = index_values(spec, batch, heads, q_len, kv_len, sizes, torch.device("cpu"))
-    mask = _tensor(
-        evaluate(spec.mask, values, named, torch.float32), torch.empty(()), torch.float32
-    )
-    mask = mask.expand(batch, heads, q_len, kv_len)
+    mask = evaluate(spec.mask, values, named, torch.float32)
+    mask = tensor_of(mask, torch.empty(()), torch.float32).expand(batch, heads, q_len, kv_len)
     return mask[0, 0] if batch == heads == 1 else mask
 
 
@@ -196,7 +51,7 @@ def reference_weights(
     sizes: Sequence[int] = (),
 ) -> Tensor:
     """The attention weights `[B, H, L, M]` before dropout. A row may sum to less than 1: a sink
-    takes the rest."""
+    takes the rest, or an edit."""
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
     if heads % k.shape[1]:
@@ -207,10 +62,11 @@ def reference_weights(
 
     product = q @ k.repeat_interleave(heads // k.shape[1], dim=1).mT  # [B, H, L, M]
     values["s"] = product * evaluate(spec.scale, values, named, dtype)
-    score = (
-        _tensor(evaluate(spec.score, values, named, dtype), q, dtype).to(dtype).expand_as(product)
-    )
-    seen = _tensor(evaluate(spec.mask, values, named, dtype), q, dtype).expand_as(product)
+    score = tensor_of(evaluate(spec.score, values, named, dtype), q, dtype)
+    score = score.to(dtype).expand_as(product)
+    seen = tensor_of(evaluate(spec.mask, values, named, dtype), q, dtype).expand_as(product)
+    if spec.route is not None:
+        seen = seen & routed_keys(spec, q, k, named, values)
 
     if spec.masked == "add":
         score = score + torch.zeros_like(score).masked_fill(~seen, torch.finfo(dtype).min)
@@ -219,18 +75,38 @@ def reference_weights(
     else:
         score = score.masked_fill(~seen, -torch.inf)
     if spec.sink is not None:
-        sink = _tensor(evaluate(spec.sink, values, named, dtype), q, dtype)
+        sink = tensor_of(evaluate(spec.sink, values, named, dtype), q, dtype)
         column = sink.expand(batch, heads, q_len, 1).to(dtype)
         weights = torch.cat([score, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = score.softmax(-1)
     if spec.masked == "zero":
         weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    if spec.edit is not None:
+        weights = edited(spec.edit, weights, named, values)
     return weights
 
 
+def edited(
+    edit: Edit, weights: Tensor, named: Mapping[str, Tensor], values: Mapping[str, Value]
+) -> Tensor:
+    """The weights `[B, H, L, M]` times the factors of their groups."""
+    dtype = weights.dtype
+    group = tensor_of(evaluate(edit.group, values, named, dtype), weights, dtype)
+    group = group.expand(weights.shape[0], weights.shape[1], 1, weights.shape[3])
+    here = [group == g for g in range(len(edit.factors))]
+    masses = {
+        str(m): (weights * x).sum(-1, keepdim=True) for m, x in zip(sym.masses, here, strict=False)
+    }
+    result = torch.zeros_like(weights)
+    for factor, x in zip(edit.factors, here, strict=True):
+        a = tensor_of(evaluate(factor, {**values, **masses}, named, dtype), weights, dtype)
+        result = torch.where(x, weights * a, result)
+    return result
+
+
 def reference(
-    spec: SoftmaxSpec,
+    spec: Spec,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -252,12 +128,48 @@ def reference(
     Returns:
         `[B, Hq, L, Dv]` in the dtype of v.
     """
+    if isinstance(spec, LinearSpec):
+        return finished(spec, linear(spec, q, k, v, tensors, sizes), v, tensors, sizes)
+    assert isinstance(spec, SoftmaxSpec)
     weights = reference_weights(spec, q, k, tensors, sizes)
     if spec.dropout:
         keep = torch.rand(weights.shape, generator=generator, device=weights.device) >= spec.dropout
         weights = weights * keep / (1.0 - spec.dropout)
-    batch, heads, q_len, kv_len = weights.shape
-    out = weights.to(v.dtype) @ v.repeat_interleave(heads // v.shape[1], dim=1)
+    out = weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return finished(spec, out, v, tensors, sizes)
+
+
+def finished(
+    spec: Spec, out: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
+    """What follows the product with the values, `[B, Hq, L, Dv]`: the local term, the factor of the
+    heads, the patch."""
     named = dict(zip((t.name for t in spec.tensors), tensors, strict=True))
-    values = index_values(spec, batch, heads, q_len, kv_len, sizes, q.device)
-    return out * evaluate(spec.heads, values, named, out.dtype)
+    batch, heads, q_len, _ = out.shape
+    values = index_values(spec, batch, heads, q_len, v.shape[2], sizes, out.device)
+    if isinstance(spec, SoftmaxSpec) and spec.local is not None:
+        out = out + _convolved(spec.local, v, heads, named)
+    out = out * evaluate(spec.heads, values, named, out.dtype)
+    if spec.patch is not None:
+        where = tensor_of(evaluate(spec.patch.where, values, named, out.dtype), out, out.dtype)
+        out = torch.where(where, named[spec.patch.tensor].to(out.dtype), out)
+    return out
+
+
+def _convolved(local: Local, v: Tensor, heads: int, named: Mapping[str, Tensor]) -> Tensor:
+    rows, columns = local.grid
+    batch, kv_heads, length, dim = v.shape
+    if length != local.extra + rows * columns:
+        raise ShapeError(f"{length} tokens are not {local.extra} and a grid of {rows} x {columns}")
+    image = v[:, :, local.extra :].repeat_interleave(heads // kv_heads, dim=1)
+    image = image.mT.reshape(batch, heads * dim, rows, columns)
+    weight = named[local.weight].to(v.dtype)
+    found = torch.nn.functional.conv2d(
+        image,
+        weight,
+        named[local.bias].to(v.dtype),
+        padding=weight.shape[-1] // 2,
+        groups=heads * dim,
+    )
+    tokens = found.reshape(batch, heads, dim, rows * columns).mT
+    return torch.nn.functional.pad(tokens, (0, 0, local.extra, 0))

@@ -8,12 +8,34 @@ from collections.abc import Iterable
 from rewriter.errors import PassError
 from rewriter.passbase import Pass, Request, parse_request
 from rewriter.passes.fuse import Fuse
-from rewriter.passes.heads import HeadScale
+from rewriter.passes.heads import HeadAblate, HeadGate, HeadPatch, HeadScale
+from rewriter.passes.linear import FeatureMaps, Lightning, WindowTail
+from rewriter.passes.moh import MixtureOfHeads
+from rewriter.passes.routed import BiFormer, MoBA
+from rewriter.passes.sinks import LearnedSinks, RedirectSinks, RemoveSinks
+from rewriter.passes.sinks_visual import RedistributeVisual
 from rewriter.passes.sparse import SlidingWindow
 
 __all__ = ["PASSES", "find", "read_requests"]
 
-PASSES: tuple[type[Pass], ...] = (Fuse, SlidingWindow, HeadScale)
+PASSES: tuple[type[Pass], ...] = (
+    Fuse,
+    SlidingWindow,
+    HeadScale,
+    HeadAblate,
+    HeadGate,
+    HeadPatch,
+    MixtureOfHeads,
+    Lightning,
+    FeatureMaps,
+    WindowTail,
+    MoBA,
+    BiFormer,
+    RemoveSinks,
+    RedirectSinks,
+    LearnedSinks,
+    RedistributeVisual,
+)
 
 
 def find(name: str) -> type[Pass]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rewriter.cost import cost_of
 from rewriter.sites import Site
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import Spec
 
 __all__ = ["Decision", "Report", "SiteReport"]
 
@@ -28,7 +28,7 @@ class SiteReport:
     graph: int
     """The number of the graph, in the order of capture: a model that generates has one for prefill
     and one for decode."""
-    after: SoftmaxSpec | None
+    after: Spec | None
     """What the site computes now; None where it was not understood."""
     decision: Decision
     lowering: str = ""

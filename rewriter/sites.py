@@ -33,6 +33,15 @@ class Site:
     value_dim: int = 0
     is_cross: bool = False
     """Keys come from another sequence than queries."""
+    q_len: int = 0
+    """Queries; 0 if that is known only when the graph runs."""
+    kv_len: int = 0
+    input_dim: int = 0
+    """Width of what feeds the projection of the queries; 0 if it was not found in the graph."""
+    residual_dim: int = 0
+    """Width of the hidden state that enters the layer; 0 if it was not found in the graph."""
+    layers: int = 0
+    """How many layers the model has; 0 if unknown."""
     origins: tuple[tuple[str, str], ...] = ()
     """Where each tensor that the formulas read comes from: `("slopes", "buffer
     decoder.slopes")`."""

@@ -43,6 +43,7 @@ __all__ = [
     "formula_text",
     "h",
     "k",
+    "masses",
     "q",
     "reads",
     "s",
@@ -55,6 +56,8 @@ Formula: TypeAlias = Expr | Boolean
 b, h, q, k = (Symbol(name, integer=True, nonnegative=True) for name in "bhqk")
 s = Symbol("s", real=True)
 B, H, L, M = (Symbol(name, integer=True, positive=True) for name in "BHLM")
+masses = tuple(Symbol(f"m{i}", real=True) for i in range(4))
+"""What the keys of each group have of a row's weight, in the factors of an edit."""
 
 
 def size_symbol(name: str) -> Symbol:
@@ -334,7 +337,7 @@ _FUNCTIONS: dict[str, Callable[..., Formula]] = {
     "ne": sympy.Ne,
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_SYMBOLS = {str(x): x for x in (b, h, q, k, s, B, H, L, M)}
+_SYMBOLS = {str(x): x for x in (b, h, q, k, s, B, H, L, M, *masses)}
 
 
 def encode(formula: Formula) -> Any:

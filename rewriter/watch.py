@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rewriter.assemble import chooser, copied
 from rewriter.capture import Captured
@@ -117,19 +117,23 @@ class Watched:
                 owner, _, name = cast(str, node.target).rpartition(".")
                 module = twin.get_submodule(owner)
                 value = getattr(module, name)
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if isinstance(value, nn.Parameter):  # its gradient goes to the narrow one
+                    narrow = self.base.captured.module.get_parameter(cast(str, node.target))
+                    del module._parameters[name]
+                    module.__dict__[name] = narrow.double()
+                elif isinstance(value, Tensor) and value.is_floating_point():
                     setattr(module, name, value.detach().double())
         form = _Form(Captured(twin))
         form.calls = self.base.calls
         return form
 
 
-def watched(captured: Captured, planned: Planned, target: str) -> Watched:
+def watched(captured: Captured, planned: Planned, target: str, model: nn.Module) -> Watched:
     """Both forms of a graph; the graph itself is not changed."""
     meant = [w for w in planned.changed if not w.exact]
     claimed = [w for w in planned.changed if w.exact]
     plain = [*claimed, *planned.fused, *planned.kept]
-    base = _form(captured, meant, plain, "reference")
+    base = _form(captured, meant, plain, "reference", model)
     pays = chooser(captured, planned.fused) if planned.fused else False
     forms: dict[tuple[bool, frozenset[str] | None], _Form] = {}
 
@@ -141,21 +145,27 @@ def watched(captured: Captured, planned: Planned, target: str) -> Watched:
             run = [w for w in new if only is None or w.lifted.site.name in only]
             left = [w for w in new if only is not None and w.lifted.site.name not in only]
             rest = [*planned.kept, *(() if long else planned.fused), *left]
-            forms[key] = _form(captured, run, rest, target)
+            forms[key] = _form(captured, run, rest, target, model)
         return forms[key]
 
     reports = {r.site.name: r for r in planned.reports if r.site.spec is not None}
     return Watched(reports, base, choose)
 
 
-def _form(captured: Captured, run: Sequence[Work], plain: Sequence[Work], target: str) -> _Form:
+def _form(
+    captured: Captured,
+    run: Sequence[Work],
+    plain: Sequence[Work],
+    target: str,
+    model: nn.Module,
+) -> _Form:
     """A copy in which the sites of `run` are op nodes, and all sites are tapped."""
     copy, works = copied(captured, [*run, *plain])
     form = _Form(copy)
     for number, work in enumerate(works):
         name = work.lifted.site.name
         if number < len(run):
-            node = insert(copy, work.lifted, work.spec, target)
+            node = insert(copy, work.lifted, work.spec, target, model)
             q, k, v, tensors, sizes = node.args[:5]
             form.tap(name, node, (q, k, v, tensors, sizes), range(4), True)
         else:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewriter.errors import InputError, LoweringError, ShapeError
-from rewriter.lowering import LOWERINGS, Shapes, attention, check_target, choose, explain
+from rewriter.lowering import LOWERINGS, Shapes, check_target, choose, explain
+from rewriter.op import attention
 from rewriter.reference import reference
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.symbols import Read, b, h, k, q, s
@@ -62,12 +63,12 @@ def reads() -> list[Tensor]:
 def test_the_first_lowering_that_takes_a_spec_wins(
     spec: SoftmaxSpec, target: str, name: str
 ) -> None:
-    assert choose(spec, SHAPES, target)[0].name == name
+    assert choose(spec, SHAPES, target).lowering.name == name
 
 
 def test_refusals_come_with_their_reasons() -> None:
     reason = "the score is not the scaled product plus a bias"
-    assert choose(CAPPED, SHAPES)[1] == [("torch.sdpa", reason)]
+    assert choose(CAPPED, SHAPES).refusals[0] == ("torch.sdpa", reason)
     assert explain(CAPPED, SHAPES) == ("torch.blocked", f"torch.sdpa: {reason}")
 
 
@@ -77,7 +78,7 @@ def test_the_reference_is_never_chosen_unasked() -> None:
 
 
 def test_on_a_gpu_generated_kernels_come_first() -> None:
-    _, refusals = choose(CAUSAL, replace(SHAPES, device="cuda", dtype=torch.float64))
+    refusals = choose(CAUSAL, replace(SHAPES, device="cuda", dtype=torch.float64)).refusals
     assert [name for name, _ in refusals] == ["triton"]
 
 
@@ -95,7 +96,8 @@ def test_an_unknown_target_is_refused_with_the_list_of_targets() -> None:
     with pytest.raises(InputError) as caught:
         check_target("tpu")
     assert str(caught.value) == (
-        "there is no target 'tpu'; one of auto, torch, triton, torch.sdpa, torch.blocked, reference"
+        "there is no target 'tpu'; one of auto, torch, triton, torch.sdpa, "
+        "torch.compact, torch.blocked, torch.routed, torch.linear, reference"
     )
     for target in ("auto", "torch", *(x.name for x in LOWERINGS)):
         check_target(target)
@@ -288,7 +290,7 @@ def test_a_device_without_the_target_is_an_error_that_says_so() -> None:
 TRITON = """
 import torch
 from sympy import tanh
-from rewriter.lowering import attention
+from rewriter.op import attention
 from rewriter.reference import reference
 from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import k, q, s

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 
 from rewriter import symbols as sym
 from rewriter.capture import Captured, export, from_exported
+from rewriter.evaluate import evaluate
 from rewriter.formulas import respelled
 from rewriter.indices import Bounds, compare, remap_view
 from rewriter.reading import Reader, shape_of, value_of
-from rewriter.reference import evaluate
 from rewriter.rules import RULES
 from rewriter.symbols import Formula, IDiv, IMod, formula_text
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.reference import evaluate, index_values, reference, reference_weights
-from rewriter.spec import SoftmaxSpec
+from rewriter.reference import reference
+from rewriter.spec import Spec
 from rewriter.testing.cases import Case
 from rewriter.testing.operands import Operands, operands
 from rewriter.testing.outcome import Outcome
-from rewriter.verify.compare import SUMMED, Baseline, baseline_of, compare
+from rewriter.testing.roundings import gradient_terms, output_terms
+from rewriter.verify.compare import Baseline, baseline_of, compare
 from rewriter.verify.rows import Errors, Kind
 
 __all__ = [
@@ -36,15 +37,11 @@ __all__ = [
     "same",
 ]
 
-Forward = Callable[[SoftmaxSpec, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int]], Tensor]
+Forward = Callable[[Spec, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int]], Tensor]
 """What a lowering has as its `forward`."""
 
 
-_ROUNDINGS_OF_A_SCORE = 1.0
-"""Half of one for the sum over the channels, and half of one for the scale."""
-
-
-def run(forward: Forward, spec: SoftmaxSpec, x: Operands) -> Tensor:
+def run(forward: Forward, spec: Spec, x: Operands) -> Tensor:
     """The output for these operands."""
     return forward(spec, x.q, x.k, x.v, x.tensors, x.sizes)
 
@@ -115,7 +112,7 @@ def expected_output(case: Case) -> Baseline:
     with torch.no_grad():
         gold = run(reference, case.spec, x.map(Tensor.double))
         base = baseline_of(run(reference, case.spec, x), gold)
-        least = _score_roundings(case.spec, x.map(Tensor.double))
+        least = output_terms(case.spec, x.map(Tensor.double))
         return replace(base, size=Errors(*map(max, base.size, least)))
 
 
@@ -130,13 +127,14 @@ def _expected_gradients(case: Case) -> tuple[Baseline, ...] | None:
     ref = gradients(reference, case.spec, x, cotangent)
     gold = gradients(reference, case.spec, wide, cotangent.double())
     found = []
-    for r, g, least in zip(ref, gold, _terms(case.spec, wide, cotangent.double()), strict=True):
+    sizes = gradient_terms(case.spec, wide, cotangent.double())
+    for r, g, least in zip(ref, gold, sizes, strict=True):
         base = baseline_of(r, g)
         found.append(replace(base, size=Errors(*map(max, base.size, least))))
     return tuple(found)
 
 
-def gradients(forward: Forward, spec: SoftmaxSpec, x: Operands, cotangent: Tensor) -> list[Tensor]:
+def gradients(forward: Forward, spec: Spec, x: Operands, cotangent: Tensor) -> list[Tensor]:
     """Gradients of q, k, v and the floating tensors; zeros where autograd finds no way to one."""
     leaves = x.map(lambda t: t.detach().requires_grad_())
     wanted = [t for t in _inputs(leaves) if t.is_floating_point()]
@@ -191,54 +189,7 @@ def _bounds_nothing(base: Baseline, allowed: Errors | None) -> bool:
     return allowed.mean >= float(gold.mean()) and allowed.max >= float(gold.max())
 
 
-def _score_roundings(spec: SoftmaxSpec, x: Operands) -> Errors:
-    """The size at which the roundings of the scores show in the output.
-
-    A score of 1e4 rounds by 1e-3, which moves weight between keys that nearly tie: the output moves
-    by that times how far the values of a row spread. Which of two orders of summation comes nearer
-    to gold there is luck.
-    """
-    group = x.q.shape[1] // x.k.shape[1]
-    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
-    p = reference_weights(spec, x.q, x.k, x.tensors, x.sizes).nan_to_num()
-    spread = (p @ v.square() - (p @ v).square()).clamp_min(0.0).sqrt()
-    scale = float(torch.as_tensor(_largest(spec, x)).abs().max())
-    score = (x.q @ k.mT).abs().amax(-1, keepdim=True) * scale
-    terms = score * spread * _ROUNDINGS_OF_A_SCORE / SUMMED["output"]
-    return Errors(float(terms.mean()), float(terms.max())) if terms.numel() else Errors(0.0, 0.0)
-
-
-def _terms(spec: SoftmaxSpec, x: Operands, cotangent: Tensor) -> list[Errors]:
-    """The size of the terms that a gradient is a sum of, which round also where the sum is zero.
-
-    The gradient of a score is `p (dp - sum of p dp)`: where one key has all the weight it is a
-    difference of equal numbers. And weights that are computed again from their logsumexp carry the
-    rounding of numbers of the size of the scores.
-    """
-    group = x.q.shape[1] // x.k.shape[1]
-    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
-    p = reference_weights(spec, x.q, x.k, x.tensors, x.sizes)
-    dp = (cotangent @ v.mT).abs()
-    score = p * (dp + (p * dp).sum(-1, keepdim=True))  # [B, H, L, M]
-    scale = float(torch.as_tensor(_largest(spec, x)).abs().max())
-    dq, dk, dv = score @ k.abs() * scale, score.mT @ x.q.abs() * scale, p.mT @ cotangent.abs()
-    dk, dv = (t.view(t.shape[0], -1, group, *t.shape[2:]).sum(2) for t in (dk, dv))
-    again = max(1.0, float((x.q @ k.mT).abs().max()) * scale / SUMMED["gradient"])
-    sizes = [Errors(again * float(t.mean()), again * float(t.max())) for t in (dq, dk, dv)]
-    read = [t for t in x.tensors if t.is_floating_point()]
-    total, most = float(score.sum()), float(score.max())
-    return sizes + [Errors(total / t.numel(), max(total / t.numel(), most)) for t in read]
-
-
-def _largest(spec: SoftmaxSpec, x: Operands) -> Any:
-    """The scale as a number or tensor."""
-    batch, heads, q_len, _ = x.q.shape
-    named = dict(zip((t.name for t in spec.tensors), x.tensors, strict=True))
-    values = index_values(spec, batch, heads, q_len, x.k.shape[2], x.sizes, x.q.device)
-    return evaluate(spec.scale, values, named, torch.float64)
-
-
-def _names(spec: SoftmaxSpec) -> list[str]:
+def _names(spec: Spec) -> list[str]:
     return ["q", "k", "v", *(t.name for t in spec.tensors if "float" in t.dtype)]
 
 

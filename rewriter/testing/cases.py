@@ -8,12 +8,15 @@ from typing import Any, Literal, cast
 
 import sympy
 import torch
-from sympy import Float, Symbol
+from sympy import Float
 
 from rewriter import symbols as sym
+from rewriter.families import from_dict
+from rewriter.linear import LinearSpec
 from rewriter.lowering import Shapes
-from rewriter.spec import SoftmaxSpec, TensorArg
-from rewriter.symbols import L, M, Maximum, Minimum, Read, Trunc, Where, b, h, k, q, s
+from rewriter.spec import SoftmaxSpec, Spec, TensorArg
+from rewriter.symbols import Maximum, Minimum, Trunc, Where, b, h, k, q, s
+from rewriter.testing.families import CAUSAL, FAMILIES, PAD, POSITION, SEEN, read
 
 __all__ = ["BASES", "LAYOUTS", "POSITION", "Case", "Dims", "Hidden", "Layout", "base", "named"]
 
@@ -24,15 +27,6 @@ positions innermost; with a NaN after every element; as one sequence that stands
 
 Hidden = Literal["right", "left", "all"]
 
-POSITION = q + M - L
-"""Where query q stands on the key axis: the last query sees the last key, so that a call with one
-query is a step of decoding."""
-CAUSAL = k <= POSITION
-
-
-def _read(name: str, *index: Any) -> Read:
-    return Read(Symbol(name), *index)
-
 
 def _bucket(distance: sympy.Expr) -> sympy.Expr:
     """Relative buckets: exact up to 8, then logarithmic; 16 for each direction."""
@@ -41,82 +35,87 @@ def _bucket(distance: sympy.Expr) -> sympy.Expr:
     return Where(distance > 0, 16, 0) + Where(size < 8, size, Minimum(far, 15))
 
 
-_PAD = (TensorArg("pad", "bool", 2),)
-_SEEN = sympy.Ne(_read("pad", b, k), 0)
 _CLIPPED = Minimum(Maximum(k - POSITION, -15), 15) + 15
 
-BASES: dict[str, SoftmaxSpec] = {
+BASES: dict[str, Spec] = {
     "plain": SoftmaxSpec(),
     "causal": SoftmaxSpec(mask=CAUSAL),
     "causal from the start": SoftmaxSpec(mask=k <= q),
     "window": SoftmaxSpec(mask=CAUSAL & ((POSITION - k < 24) | (k < 4))),
     "two-sided window": SoftmaxSpec(mask=sympy.Abs(k - POSITION) <= 9),
-    "padding": SoftmaxSpec(mask=_SEEN, tensors=_PAD),
-    "causal padding": SoftmaxSpec(mask=CAUSAL & _SEEN, tensors=_PAD),
+    "padding": SoftmaxSpec(mask=SEEN, tensors=PAD),
+    "causal padding": SoftmaxSpec(mask=CAUSAL & SEEN, tensors=PAD),
     "documents": SoftmaxSpec(
-        mask=CAUSAL & sympy.Eq(_read("document", b, POSITION), _read("document", b, k)),
+        mask=CAUSAL & sympy.Eq(read("document", b, POSITION), read("document", b, k)),
         tensors=(TensorArg("document", "int64", 2),),
     ),
     "soft cap": SoftmaxSpec(score=5 * sympy.tanh(s / 5), mask=CAUSAL),
     "alibi": SoftmaxSpec(
-        score=s + _read("slope", h) * (k - POSITION),
+        score=s + read("slope", h) * (k - POSITION),
         mask=CAUSAL,
         tensors=(TensorArg("slope", "float32", 1),),
     ),
     "cap, then bias": SoftmaxSpec(
-        score=5 * sympy.tanh(s / 5) + _read("table", _CLIPPED, h),
+        score=5 * sympy.tanh(s / 5) + read("table", _CLIPPED, h),
         mask=CAUSAL,
         tensors=(TensorArg("table", "float32", 2),),
     ),
     "relative bias": SoftmaxSpec(
-        score=s + _read("table", _CLIPPED, h), tensors=(TensorArg("table", "float32", 2),)
+        score=s + read("table", _CLIPPED, h), tensors=(TensorArg("table", "float32", 2),)
     ),
     "buckets": SoftmaxSpec(
-        score=s + _read("table", _bucket(k - POSITION), h),
-        mask=_SEEN,
+        score=s + read("table", _bucket(k - POSITION), h),
+        mask=SEEN,
         masked="mean",
-        tensors=(TensorArg("table", "float32", 2), *_PAD),
+        tensors=(TensorArg("table", "float32", 2), *PAD),
     ),
     "key bias": SoftmaxSpec(
-        score=s + _read("keys", b, k), tensors=(TensorArg("keys", "float32", 2),)
+        score=s + read("keys", b, k), tensors=(TensorArg("keys", "float32", 2),)
     ),
     "whole bias": SoftmaxSpec(
-        score=s + _read("bias", 0, h, q, k), mask=CAUSAL, tensors=(TensorArg("bias", "float32", 4),)
+        score=s + read("bias", 0, h, q, k), mask=CAUSAL, tensors=(TensorArg("bias", "float32", 4),)
     ),
     "sink": SoftmaxSpec(
-        mask=CAUSAL, sink=_read("sink", h), tensors=(TensorArg("sink", "float32", 1),)
+        mask=CAUSAL, sink=read("sink", h), tensors=(TensorArg("sink", "float32", 1),)
     ),
     "sink, padding": SoftmaxSpec(
-        mask=CAUSAL & _SEEN,
-        sink=_read("sink", h),
-        tensors=(TensorArg("sink", "float32", 1), *_PAD),
+        mask=CAUSAL & SEEN,
+        sink=read("sink", h),
+        tensors=(TensorArg("sink", "float32", 1), *PAD),
     ),
     "alibi, sink": SoftmaxSpec(
-        score=s + _read("slope", h) * (k - POSITION),
+        score=s + read("slope", h) * (k - POSITION),
         mask=CAUSAL,
-        sink=_read("sink", h),
+        sink=read("sink", h),
         tensors=(TensorArg("slope", "float32", 1), TensorArg("sink", "float32", 1)),
     ),
     "window of each head": SoftmaxSpec(
-        mask=CAUSAL & (POSITION - k < _read("reach", h)), tensors=(TensorArg("reach", "int64", 1),)
+        mask=CAUSAL & (POSITION - k < read("reach", h)), tensors=(TensorArg("reach", "int64", 1),)
     ),
     "head scale": SoftmaxSpec(
-        scale=_read("temperature", h), tensors=(TensorArg("temperature", "float32", 1),)
+        scale=read("temperature", h), tensors=(TensorArg("temperature", "float32", 1),)
     ),
     "gate": SoftmaxSpec(
-        mask=CAUSAL, heads=_read("gate", b, h, q), tensors=(TensorArg("gate", "float32", 3),)
+        mask=CAUSAL, heads=read("gate", b, h, q), tensors=(TensorArg("gate", "float32", 3),)
     ),
     "size": SoftmaxSpec(mask=k <= q + sym.size_symbol("past"), sizes=("past",)),
+    **FAMILIES,
 }
 """Without the scale, which depends on the head dim: `base` sets it."""
 
 _OWN_SCALE = ("relative bias", "buckets")  # models with such biases leave scores unscaled
 
 
-def base(name: str, head_dim: int) -> SoftmaxSpec:
+def base(name: str, head_dim: int) -> Spec:
     """The spec of that name with the scale that goes with the head dim."""
-    spec = BASES[name]
-    return spec if name in _OWN_SCALE else replace(spec, scale=spec.scale * Float(head_dim**-0.5))
+    spec, scale = BASES[name], Float(head_dim**-0.5)
+    if name in _OWN_SCALE:
+        return spec
+    if isinstance(spec, SoftmaxSpec):
+        return replace(spec, scale=spec.scale * scale)
+    if isinstance(spec, LinearSpec) and spec.near is not None:
+        return replace(spec, near=replace(spec.near, scale=scale))
+    return spec
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Case:
     """One call of an attention."""
 
     name: str
-    spec: SoftmaxSpec
+    spec: Spec
     dims: Dims = Dims()
     dtype: torch.dtype = torch.float32
     layout: Layout = "contiguous"
@@ -153,12 +152,15 @@ class Case:
     """The size of the scores."""
     seed: int = 0
     device: str = "cpu"
+    untrained: bool = False
+    """New parameters of a pass have their initial values, at which it may be the identity."""
 
     @staticmethod
     def of(name: str, dims: Dims = Dims(), *, masked: str = "", **more: Any) -> Case:
         """The case of a base spec."""
         spec = base(name, dims.head_dim)
         if masked:
+            assert isinstance(spec, SoftmaxSpec)
             spec = replace(spec, masked=cast(Any, masked))
         return Case(f"{name}, {masked}" if masked else name, spec, dims, **more)
 
@@ -180,6 +182,12 @@ class Case:
         return Shapes(self.device, self.dtype, *dims, grad, self.sizes)
 
     @property
+    def softmax(self) -> SoftmaxSpec:
+        """The spec, where only softmax attention makes sense."""
+        assert isinstance(self.spec, SoftmaxSpec)
+        return self.spec
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(self.dims.kv_len - self.dims.q_len for _ in self.spec.sizes)
 
@@ -191,7 +199,7 @@ class Case:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Case:
         """The case that `to_dict` wrote."""
-        spec, dims = SoftmaxSpec.from_dict(data["spec"]), Dims(**data["dims"])
+        spec, dims = from_dict(data["spec"]), Dims(**data["dims"])
         return Case(**{**data, "spec": spec, "dims": dims, "dtype": getattr(torch, data["dtype"])})
 
 

@@ -15,10 +15,11 @@ from sympy import Integer
 from torch import Tensor
 
 from rewriter import lowering as table
-from rewriter.kernels import torch_backward
-from rewriter.lowering import Lowering, attention
+from rewriter.beside import Beside, beside
+from rewriter.lowering import Lowering, backward_of
+from rewriter.op import attention
 from rewriter.reference import reference
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import Spec
 from rewriter.testing import laws
 from rewriter.testing.agreement import (
     Forward,
@@ -31,6 +32,7 @@ from rewriter.testing.agreement import (
     same,
 )
 from rewriter.testing.cases import Case, Dims
+from rewriter.testing.core import refusal, whole
 from rewriter.testing.dropout import dropout_row
 from rewriter.testing.grid import Plan, cases, extremes, plan, sizes_of
 from rewriter.testing.onnx_runtime import ONNX
@@ -70,9 +72,12 @@ def lowering_rows(lowering: Lowering, work: Plan, device: str = "cpu") -> Iterat
         yield _supported(lowering, case, "determinism", _deterministic)
         yield dynamic_shapes(lowering, replace(case, dims=Dims()), few=work.few_sizes)
     for name in work.decoding:
-        for ahead in (0, 5):
+        for ahead in (0, 20):
             dims = Dims(q_len=work.steps, kv_len=work.steps + ahead)
-            yield decode_equals_parallel(lowering, Case.of(name, dims, device=device))
+            case = Case.of(name, dims, device=device)
+            yield decode_equals_parallel(lowering, case)
+            if lowering.cached is not None:
+                yield decode_equals_parallel(lowering, case, remembers=True)
     if device == "cpu" and any(lowering is one for one in table.LOWERINGS):
         yield dropout_row(lowering)
     yield from law_rows(lowering, work.laws, device)
@@ -103,10 +108,10 @@ def _supported(
     grad: bool = False,
 ) -> Outcome:
     """The outcome, or why the lowering does not take the case."""
-    reason = lowering.supports(case.spec, case.shapes(grad=grad))
+    reason = refusal(lowering, case, grad=grad)
     if reason is not None:
         return Outcome(check, case.text, "skipped", reason)
-    forward = _differentiable(lowering) if grad else lowering.forward
+    forward = _differentiable(lowering) if grad else whole(lowering.forward)
     assert forward is not None
     try:
         return judge(forward, case, check)
@@ -118,12 +123,12 @@ def _differentiable(lowering: Lowering) -> Forward | None:
     """The forward with gradients: the op for a lowering of the table."""
     if any(lowering is one for one in table.LOWERINGS):
         return partial(_op, lowering.name)
-    return lowering.forward if lowering.records else None
+    return whole(lowering.forward) if lowering.records else None
 
 
 def _op(
     target: str,
-    spec: SoftmaxSpec,
+    spec: Spec,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -149,15 +154,11 @@ def _deterministic(forward: Forward, case: Case, check: str) -> Outcome:
 def dynamic_shapes(lowering: Lowering, case: Case, *, few: bool = False) -> Outcome:
     """One spec at many sizes, large and small in turn, twice: nothing of a call is left over."""
     check, used = "dynamic shapes", list[float]()
-    found = [
-        c
-        for c in sizes_of(case, few=few)
-        if lowering.supports(c.spec, c.shapes(grad=False)) is None
-    ]
+    found = [c for c in sizes_of(case, few=few) if refusal(lowering, c, grad=False) is None]
     if len(found) < 2:
         return Outcome(check, case.text, "skipped", "it takes one of the sizes or none")
     for one in (*found, *found):
-        row = output_agrees(lowering.forward, one)
+        row = output_agrees(whole(lowering.forward), one)
         if row.verdict == "failed":
             return Outcome(check, case.text, "failed", f"at {one.dims}: {row.reason}")
         if row.verdict == "passed":
@@ -167,20 +168,31 @@ def dynamic_shapes(lowering: Lowering, case: Case, *, few: bool = False) -> Outc
     return Outcome(check, case.text, "passed", used=max(used))
 
 
-def decode_equals_parallel(lowering: Lowering, case: Case) -> Outcome:
-    """Queries one by one give the rows that the reference gives for all at once."""
+def decode_equals_parallel(lowering: Lowering, case: Case, *, remembers: bool = False) -> Outcome:
+    """Queries one by one give the rows that the reference gives for all at once.
+
+    Args:
+        remembers: what the lowering keeps beside a KV cache is handed on from step to step.
+    """
     check, spec, x = "decode = parallel", case.spec, operands(case)
+    check += ", remembered" if remembers else ""
     with torch.no_grad():
         ref, gold = run(reference, spec, x), run(reference, spec, x.map(Tensor.double))
     used, ahead = list[float](), case.dims.kv_len - case.dims.q_len
-    skipped = "it takes no step of decoding"
+    skipped, past = "it takes no step of decoding", None
     for i in range(case.dims.q_len):
         at = replace(case, dims=replace(case.dims, q_len=1, kv_len=ahead + i + 1))
-        if lowering.supports(spec, at.shapes(grad=False)) is not None:
+        if refusal(lowering, at, grad=False) is not None:
             continue
+        step = x.rows(spec, i, i + 1)
+        forward: Any = whole(lowering.forward)
         try:
             with torch.no_grad(), nan_memory():
-                new = run(lowering.forward, spec, x.rows(spec, i, i + 1))
+                if remembers:
+                    memory = beside(step.k, past, (case.text,))
+                    forward = partial(_remembering, whole(cast(Any, lowering.cached)), memory)
+                    past = step.k
+                new = run(forward, spec, step)
         except Exception as error:
             return Outcome(check, case.text, "failed", f"query {i}: {error}")
         base = baseline_of(ref[:, :, i : i + 1], gold[:, :, i : i + 1])
@@ -196,20 +208,35 @@ def decode_equals_parallel(lowering: Lowering, case: Case) -> Outcome:
     return Outcome(check, case.text, "passed", used=max(used))
 
 
+def _remembering(cached: Forward, memory: Beside | None, *given: Any) -> Tensor:
+    return cast(Tensor, cast(Any, cached)(*given, memory))
+
+
 def law_rows(
     lowering: Lowering, wanted: Sequence[str] | None, device: str = "cpu"
 ) -> Iterator[Outcome]:
-    """The laws, on plain and causal attention, and on one with a sink."""
+    """The laws, on plain and causal attention of each family, and on softmax with a sink."""
     dims = Dims(batch=3, heads=6, kv_heads=3, q_len=9, kv_len=9)
-    plain, causal = (Case.of(name, dims, device=device) for name in ("plain", "causal"))
-    for case in (plain, causal):
-        other = laws.CAUSAL_LAWS if case.name == "plain" else laws.UNORDERED_LAWS
+    for base, not_for in _LAWS_OF.items():
+        case = Case.of(base, dims, device=device)
         for name, law in laws.LAWS.items():
-            if name not in other and (wanted is None or name in wanted):
+            if name not in not_for and (wanted is None or name in wanted):
                 yield _supported(lowering, case, f"law: {name}", partial(_law, law))
     if wanted is None:
-        sink = replace(causal, name="constant sink", spec=replace(causal.spec, sink=Integer(0)))
+        causal = Case.of("causal", dims, device=device)
+        spec = replace(causal.softmax, sink=Integer(0))
+        sink = replace(causal, name="constant sink", spec=spec)
         yield _supported(lowering, sink, "law: sums below 1", partial(_law, laws.sink_sums))
+
+
+_LAWS_OF = {
+    "plain": laws.CAUSAL_LAWS,
+    "causal": laws.UNORDERED_LAWS,
+    "routed": laws.UNORDERED_LAWS,
+    "linear": (*laws.CAUSAL_LAWS, "shift", "past"),
+    "causal linear": (*laws.UNORDERED_LAWS, "shift"),
+}
+"""Bases without tensors, and the laws that do not hold for them."""
 
 
 def _law(law: laws.Law, forward: Forward, case: Case, check: str) -> Outcome:
@@ -219,36 +246,28 @@ def _law(law: laws.Law, forward: Forward, case: Case, check: str) -> Outcome:
 # --- the backward that recomputes -----------------------------------------------------------------
 
 
-def check_backward(backward: Backward = torch_backward.backward, *, full: bool = False) -> Outcomes:
+def check_backward(backward: Backward | None = None, *, full: bool = False) -> Outcomes:
     """The gradients of the backward that serves every lowering which records nothing.
 
     Args:
-        backward: with the arguments of `rewriter.kernels.torch_backward.backward`.
+        backward: with the arguments of `rewriter.kernels.torch_backward.backward`; by default the
+            one that `rewriter.lowering.backward_of` names for each spec.
         full: the whole grid of cases instead of the fast choice.
     """
 
-    def forward(
-        spec: SoftmaxSpec,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tensors: Sequence[Tensor],
-        sizes: Sequence[int],
-    ) -> Tensor:
+    def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor, tensors: Any, sizes: Any) -> Tensor:
         given = cast(Any, _Given).apply
-        return cast(Tensor, given(backward, spec, sizes, q, k, v, *tensors))
+        return cast(Tensor, given(backward or backward_of(spec), spec, sizes, q, k, v, *tensors))
 
     found = [*cases(full=full), *(c for c in extremes(full=full) if c.dtype is torch.float32)]
-    return Outcomes("backward", tuple(gradients_agree(forward, case) for case in found))
+    return Outcomes("backward", tuple(gradients_agree(whole(forward), case) for case in found))
 
 
 class _Given(torch.autograd.Function):
     """The reference forward, with a backward that is handed over."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backward: Backward, spec: SoftmaxSpec, sizes: Any, *inputs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, backward: Backward, spec: Spec, sizes: Any, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.given = backward, spec, sizes
         q, k, v, *tensors = inputs

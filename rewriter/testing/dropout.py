@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rewriter.lowering import Lowering, attention
+from rewriter.lowering import Lowering
+from rewriter.op import attention
 from rewriter.reference import reference_weights
 from rewriter.testing.agreement import Row, judged
 from rewriter.testing.cases import Case, Dims
@@ -33,7 +34,7 @@ def dropout_row(lowering: Lowering) -> Outcome:
     length = 24
     dims = Dims(q_len=length, kv_len=length, head_dim=length, value_dim=length)
     plain = Case.of("causal", dims)
-    case = replace(plain, name="dropout", spec=replace(plain.spec, dropout=_RATE))
+    case = replace(plain, name="dropout", spec=replace(plain.softmax, dropout=_RATE))
     refused = lowering.supports(case.spec, case.shapes(grad=True))
     if refused is not None:
         return Outcome("dropout", case.text, "skipped", refused)
@@ -41,7 +42,7 @@ def dropout_row(lowering: Lowering) -> Outcome:
     x = operands(case)
     eye = torch.eye(length).expand(dims.batch, dims.kv_heads, -1, -1).contiguous()
     with torch.no_grad():
-        weights = reference_weights(case.spec, x.q, x.k)
+        weights = reference_weights(case.softmax, x.q, x.k)
         seen = weights > 1e-4
     leaves = [y.detach().requires_grad_() for y in (x.q, x.k, eye)]
     torch.manual_seed(_SEED)
@@ -70,6 +71,6 @@ def dropout_row(lowering: Lowering) -> Outcome:
 def _dense(case: Case, x: list[Tensor], keep: Tensor, cotangent: Tensor) -> list[Tensor]:
     """Output and gradients with these weights kept."""
     q, k, v = (y.requires_grad_() for y in x)
-    weights = reference_weights(case.spec, q, k) * keep / (1.0 - _RATE)
+    weights = reference_weights(case.softmax, q, k) * keep / (1.0 - _RATE)
     out = weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent)]

@@ -9,6 +9,7 @@ import torch
 
 from rewriter.spec import MASKED
 from rewriter.testing.cases import BASES, LAYOUTS, Case, Dims, named
+from rewriter.testing.families import grid_of
 
 __all__ = ["DECODING", "Plan", "cases", "extremes", "plan", "sizes_of"]
 
@@ -31,6 +32,14 @@ DECODING = (
     "sink",
     "gate",
     "size",
+    "routed",
+    "routed padding",
+    "edit",
+    "gated heads",
+    "patched",
+    "lightning",
+    "lightning padding",
+    "window tail",
 )
 """Bases that are causal, and written so that a call with one query is a step of decoding."""
 
@@ -45,7 +54,13 @@ def _small(n: int, m: int | None = None, **more: int) -> Dims:
 def cases(*, full: bool = False) -> tuple[Case, ...]:
     """The cases at scores of a usual size; no two alike."""
     found = _fast() + (_further() if full else [])
-    return tuple(named(found).values())
+    return tuple(named([c for c in found if _fits(c)]).values())
+
+
+def _fits(case: Case) -> bool:
+    """There are as many tokens as the spec has on a grid, if it has one."""
+    size = grid_of(case.spec)
+    return not size or case.dims.q_len == case.dims.kv_len == size
 
 
 def _fast() -> list[Case]:
@@ -67,9 +82,18 @@ def _fast() -> list[Case]:
         ]
     for name in ("causal", "soft cap", "alibi", "causal padding", "sink"):
         found += [of(name, _small(33), dtype=dtype) for dtype in HALVES]
+    for name in ("routed", "edit", "lightning"):
+        found += [of(name, _small(33), dtype=torch.bfloat16)]
     for layout in LAYOUTS[1:]:
         found += [of(name, _small(33), layout=layout) for name in ("causal", "padding")]
-    return found
+    for name in ("routed padding", "edit, cap, sink", "lightning padding", "window tail"):
+        found += [of(name, _small(20, 65), hidden="left"), of(name, _small(17), hidden="all")]
+        found += [of(name, _small(33), layout=LAYOUTS[1])]
+    return [*found, of("gated heads", _LONG), of("gated padding", _LONG, hidden="left")]
+
+
+_LONG = Dims(batch=1, heads=8, kv_heads=4, q_len=520, kv_len=520)
+"""From 2 million scores on, the work of heads that are off is left out."""
 
 
 def _further() -> list[Case]:
@@ -119,7 +143,11 @@ def extremes(*, full: bool = False) -> tuple[Case, ...]:
     found += [replace(c, dtype=d) for c in found[:2] for d in HALVES]
     found += [Case.of("padding", _small(17), masked=m, hidden="all", logits=1e4) for m in MASKED]
     found += [Case.of(name, _small(33), logits=30.0) for name in names]
-    return tuple(named(found).values())
+    found += [Case.of(name, _small(33), logits=30.0) for name in _MORE_EXTREMES]
+    return tuple(named([c for c in found if _fits(c)]).values())
+
+
+_MORE_EXTREMES = ("routed", "edit", "window tail")
 
 
 def sizes_of(case: Case, *, few: bool = False) -> tuple[Case, ...]:
@@ -135,7 +163,8 @@ def sizes_of(case: Case, *, few: bool = False) -> tuple[Case, ...]:
     )
     if few:
         pairs = ((20, 20), (1, 1), (1, 21), (2, 2), (17, 40))
-    return tuple(replace(case, dims=replace(case.dims, q_len=n, kv_len=m)) for n, m in pairs)
+    found = (replace(case, dims=replace(case.dims, q_len=n, kv_len=m)) for n, m in pairs)
+    return tuple(c for c in found if _fits(c))
 
 
 # --- what one lowering is put through -------------------------------------------------------------
@@ -172,7 +201,7 @@ def plan(cost: Cost, *, full: bool = False) -> Plan:
     """What a lowering of that cost is put through."""
     repeated = ("causal", "causal padding", "alibi", "sink", "relative bias")
     if cost == "call":
-        some = repeated if full else repeated[:2]
+        some = (*(repeated if full else repeated[:2]), "routed", "window tail")
         return Plan(cases(full=full), extremes(full=full), some, DECODING, 33 if full else 9)
     if cost == "interpreter" and full:
         # every sixth case of the grid, which is in the order of its specs
@@ -196,6 +225,7 @@ def _few() -> tuple[Case, ...]:
     """Each base once at a size of two blocks, and what is likely to break."""
     of = Case.of
     found = [of(name, _small(17, 40, batch=1)) for name in BASES]
+    found += [of(name, Dims(batch=1)) for name in BASES if grid_of(BASES[name])]
     found += [of(name, _small(1, 33, batch=1)) for name in ("causal", "gate")]
     found += [of("causal padding", _small(20), masked=m, hidden="left") for m in MASKED]
     found += [of("padding", _small(5), masked=m, hidden="all") for m in MASKED]
@@ -203,4 +233,4 @@ def _few() -> tuple[Case, ...]:
     found += [of("causal", _small(20, batch=1), layout=layout) for layout in LAYOUTS[1:]]
     found += [of("causal", _small(5, head_dim=d, value_dim=d)) for d in HEAD_DIMS[1:]]
     found += [of("causal", _small(17), dtype=dtype) for dtype in HALVES]
-    return tuple(named(found).values())
+    return tuple(named([c for c in found if _fits(c)]).values())

@@ -65,7 +65,7 @@ def _agrees(trial: Trial) -> Outcome:
 
 
 def _meant(trial: Trial, x: Operands) -> Tensor:
-    spec = replace(trial.case.spec, dropout=0.0)
+    spec = replace(trial.case.softmax, dropout=0.0)
     weights = reference_weights(spec, x.q, x.k, x.tensors, x.sizes)
     meant = trial.request.action.meaning(weights)
     return meant @ x.v.repeat_interleave(weights.shape[1] // x.v.shape[1], dim=1)

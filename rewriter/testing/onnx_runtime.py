@@ -14,12 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rewriter.kernels.onnx_softmax import inline_attention
-from rewriter.lowering import Lowering, Shapes, attention
+from rewriter.families import from_json
+from rewriter.kernels.onnx_attention import inline_attention
+from rewriter.lowering import Lowering, Shapes
+from rewriter.op import attention
 from rewriter.program import quiet
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import Spec
 from rewriter.testing.cases import Case, Dims
+from rewriter.testing.families import grid_of
 from rewriter.testing.operands import operands
+from rewriter.verify.growing import without_dropout
 
 __all__ = ["ONNX"]
 
@@ -29,7 +33,7 @@ _EXAMPLE = (13, 5, 7)  # batch, queries, keys: sizes that nothing else in a case
 
 
 class _Attention(nn.Module):
-    def __init__(self, spec: SoftmaxSpec) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
 
@@ -38,11 +42,11 @@ class _Attention(nn.Module):
         return attention(q, k, v, tensors, sizes, self.spec)
 
 
-def _supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
+def _supports(spec: Spec, shapes: Shapes) -> str | None:
     if shapes.dtype not in _DTYPES:
         name = str(shapes.dtype).removeprefix("torch.")
         return f"ONNX Runtime has no CPU kernels for {name}"
-    if spec.dropout:
+    if without_dropout(spec) != spec:
         return "dropout has no ONNX form"
     if shapes.heads % shapes.kv_heads:
         return f"{shapes.heads} query heads are not a multiple of {shapes.kv_heads} key heads"
@@ -50,7 +54,7 @@ def _supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
 
 
 def _forward(
-    spec: SoftmaxSpec,
+    spec: Spec,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,7 +62,9 @@ def _forward(
     sizes: Sequence[int],
 ) -> Tensor:
     dims = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    session = _session(spec.to_json(), *dims, q.dtype)
+    own = {t.name: tuple(x.shape) for t, x in zip(spec.tensors, tensors, strict=True)}
+    shapes = tuple((n, own[n]) for n in spec.whole if spec.patch is None or n != spec.patch.tensor)
+    session = _session(spec.to_json(), *dims, q.dtype, shapes)
     given = [q, k, v, *tensors]
     names = ["q", "k", "v", *(f"tensors_{i}" for i in range(len(tensors)))]
     feed = dict(zip(names, (x.detach().contiguous().numpy() for x in given), strict=True))
@@ -69,20 +75,33 @@ def _forward(
 
 @lru_cache(maxsize=64)
 def _session(
-    spec_json: str, heads: int, kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype
+    spec_json: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
 ) -> Any:
-    """ONNX Runtime with the file of a spec."""
+    """ONNX Runtime with the file of a spec, in which the tensors in `shapes` have that shape."""
     import onnxruntime
 
-    spec = SoftmaxSpec.from_json(spec_json)
+    spec = from_json(spec_json)
     batch, q_len, kv_len = _EXAMPLE
+    q_len, kv_len = grid_of(spec) or q_len, grid_of(spec) or kv_len
     dims = Dims(batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim)
     x = operands(Case("export", spec, dims, dtype))
-    inputs = (x.q, x.k, x.v, list(x.tensors))
-    free = dict(zip(_EXAMPLE, ("batch", "queries", "keys"), strict=True))
-    shapes = cast(Any, torch.utils._pytree).tree_map(lambda t: _free(t, free), inputs)
+    fixed = {name: torch.zeros(shape) for name, shape in shapes}
+    read = [fixed.get(t.name, y) for t, y in zip(spec.tensors, x.tensors, strict=True)]
+    inputs = (x.q, x.k, x.v, read)
+    free = dict(zip((batch, q_len, kv_len), ("batch", "queries", "keys"), strict=True))
+    if grid_of(spec):
+        free = {batch: "batch"}
+    free_dims = cast(Any, torch.utils._pytree).tree_map(lambda t: _free(t, free), inputs)
     with torch.no_grad(), quiet():
-        program = torch.export.export(_Attention(spec), inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            _Attention(spec), inputs, dynamic_shapes=free_dims, strict=False
+        )
         if inline_attention(program.graph_module) != 1:
             raise RuntimeError("the exported graph does not hold the attention op")
         file = io.BytesIO()

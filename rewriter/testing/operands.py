@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rewriter import symbols as sym
-from rewriter.reference import evaluate, index_values
-from rewriter.spec import SoftmaxSpec, TensorArg
+from rewriter.evaluate import evaluate, index_values
+from rewriter.linear import LinearSpec
+from rewriter.spec import SoftmaxSpec, Spec, TensorArg
 from rewriter.testing.cases import Case, Hidden, Layout
+from rewriter.testing.sources import computed
 
 __all__ = ["Operands", "operands", "seen_keys", "shuffled"]
 
@@ -30,11 +32,13 @@ class Operands:
     tensors: tuple[Tensor, ...] = ()
     sizes: tuple[int, ...] = ()
 
-    def rows(self, spec: SoftmaxSpec, first: int, stop: int) -> Operands:
+    def rows(self, spec: Spec, first: int, stop: int) -> Operands:
         """A step of decoding: queries `first` to `stop - 1`, and the keys that there were then."""
         keys = self.k.shape[2] - self.q.shape[2] + stop
         parts = {sym.q: slice(first, stop), sym.k: slice(0, keys)}
         found = {r.tensor: r.index for f in spec.formulas for r in sym.reads(f)}
+        if spec.patch is not None:
+            found[spec.patch.tensor] = (sym.b, sym.h, sym.q)
         tensors = [
             x[tuple(parts.get(i, slice(None)) for i in found[t.name])] if t.name in found else x
             for t, x in zip(spec.tensors, self.tensors, strict=True)
@@ -69,7 +73,7 @@ def operands(case: Case) -> Operands:
     ]
     x[0] = x[0] * case.logits
     q, k, v = (_laid_out(y.to(case.dtype), case.layout, case.device) for y in x)
-    return Operands(q, k, v, _tensors(case), case.sizes)
+    return Operands(q, k, v, _tensors(case, q, k, v), case.sizes)
 
 
 def _laid_out(x: Tensor, layout: Layout, device: str) -> Tensor:
@@ -99,13 +103,21 @@ def _between_nans(x: Tensor, device: str) -> Tensor:
     return inside.copy_(x)
 
 
-def _tensors(case: Case) -> tuple[Tensor, ...]:
+def _tensors(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Tensors of the same name have the same values, whatever else a spec reads."""
     made: dict[str, Tensor] = {}
     for arg in case.spec.tensors:
         generator = torch.Generator().manual_seed(case.seed + zlib.crc32(arg.name.encode()))
         known = _KNOWN.get(arg.name)
-        x = known(case, generator) if known else _fitting(case, arg, made, generator)
+        if arg.source is not None:
+            x = computed(
+                arg.source, (q.cpu(), k.cpu(), v.cpu()), generator, untrained=case.untrained
+            )
+        elif known is not None:
+            x = known(case, generator)
+        else:
+            found = _whole(case, arg, generator)
+            x = _fitting(case, arg, made, generator) if found is None else found
         made[arg.name] = x.to(getattr(torch, arg.dtype))
     return tuple(_between_nans(x, case.device) for x in made.values())
 
@@ -118,6 +130,10 @@ _KNOWN: dict[str, Callable[[Case, torch.Generator], Tensor]] = {
     "temperature": lambda c, g: 0.5 + torch.rand(c.dims.heads, generator=g),
     "gate": lambda c, g: torch.rand(c.dims.batch, c.dims.heads, c.dims.q_len, generator=g),
     "table": lambda c, g: torch.randn(32, c.dims.heads, generator=g),
+    "decay": lambda c, g: -0.3 * torch.rand(c.dims.heads, generator=g),
+    "rows": lambda c, g: torch.rand(c.dims.batch, c.dims.q_len, generator=g) < 0.4,
+    "query_gate": lambda c, g: torch.rand(c.dims.batch, c.dims.heads, c.dims.q_len, generator=g),
+    "key_gate": lambda c, g: torch.rand(c.dims.batch, c.dims.heads, c.dims.kv_len, generator=g),
 }
 
 
@@ -132,6 +148,44 @@ def seen_keys(batch: int, kv_len: int, hidden: Hidden) -> Tensor:
     return seen
 
 
+def _whole(case: Case, arg: TensorArg, generator: torch.Generator) -> Tensor | None:
+    """Random values for a tensor that is used as it is; None if it is not."""
+    spec, d, name = case.spec, case.dims, arg.name
+    shape: tuple[int, ...] = ()
+    if spec.patch is not None and name == spec.patch.tensor:
+        shape = (d.batch, d.heads, d.q_len, d.value_dim)
+    elif isinstance(spec, SoftmaxSpec) and spec.local is not None and name in spec.whole:
+        channels = d.heads * d.value_dim
+        shape = (channels, 1, 3, 3) if name == spec.local.weight else (channels,)
+    elif isinstance(spec, LinearSpec) and name in spec.whole:
+        heads = d.heads if name in spec.q_map.tensors else d.kv_heads
+        inside = (d.head_dim,) if name in (spec.q_map.weight, spec.k_map.weight) else ()
+        shape = (heads, *inside, _FEATURES)
+    if not shape:
+        return None
+    x = torch.randn(shape, generator=generator)
+    return x * shape[1] ** -0.5 if len(shape) == 3 else x
+
+
+_FEATURES = 6
+
+
+def _on(gates: Tensor, active: int, generator: torch.Generator) -> Tensor:
+    """Gates `[B, H, L]` of which at most `active` heads a token are not 0; of some tokens none."""
+    batch, heads, length = gates.shape
+    rank = torch.rand(batch, heads, length, generator=generator).argsort(1).argsort(1)
+    most = torch.randint(active + 1, (batch, 1, length), generator=generator)
+    return torch.where(rank < most, gates, 0.0)
+
+
+def _groups(case: Case) -> dict[str, int]:
+    """How many groups there are, by the tensors that a group is read from as it is."""
+    edit = case.spec.edit if isinstance(case.spec, SoftmaxSpec) else None
+    if edit is None or not isinstance(edit.group, sym.Read):
+        return {}
+    return {edit.group.tensor: len(edit.factors)}
+
+
 def _fitting(
     case: Case, arg: TensorArg, made: Mapping[str, Tensor], generator: torch.Generator
 ) -> Tensor:
@@ -144,9 +198,18 @@ def _fitting(
             at = evaluate(index, values, dict(made), torch.float64)
             last = int(at.max()) if isinstance(at, Tensor) else int(at)
             extent[axis] = max(extent[axis], last + 1)
-    if "float" in arg.dtype:
-        return torch.randn(extent, generator=generator)
-    return torch.ones(extent, dtype=torch.int64)
+    if arg.name in _groups(case):
+        return torch.randint(_groups(case)[arg.name], extent, generator=generator)
+    if "float" not in arg.dtype:
+        return torch.ones(extent, dtype=torch.int64)
+    x = torch.randn(extent, generator=generator)
+    active = case.spec.active
+    gated = active is not None and arg.rank == 3 and arg.name in _read_by(case.spec.heads)
+    return _on(x, active or 0, generator) if gated else x
+
+
+def _read_by(formula: sym.Formula) -> set[str]:
+    return {r.tensor for r in sym.reads(formula)}
 
 
 def shuffled(count: int, seed: int) -> Tensor:

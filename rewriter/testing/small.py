@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rewriter.giving import give, label_spans
 from rewriter.optimize import optimize, report_of
 from rewriter.passbase import Pattern, Request
 from rewriter.registry import read_requests
@@ -69,6 +70,18 @@ def model_rows(subject: Subject, *, full: bool = False) -> Iterator[Outcome]:
             yield _in_model(subject, request, pattern)
 
 
+def _give(model: nn.Module) -> None:
+    """What passes may want of a user: an image in the prompt, and head outputs of another run."""
+    x = torch.randn(
+        2,
+        SmallAttention.heads,
+        11,
+        SmallAttention.head_dim,
+        generator=torch.Generator().manual_seed(3),
+    )
+    give(model, labels=label_spans([(2, 6)], length=9), patches={"(no module)": x})
+
+
 def _in_model(subject: Subject, request: Request, pattern: Pattern) -> Outcome:
     check, case = "model", f"{request.text}, {pattern}"
     torch.manual_seed(0)
@@ -77,6 +90,7 @@ def _in_model(subject: Subject, request: Request, pattern: Pattern) -> Outcome:
     fused = read_requests(["fuse(from_scores=0)"])  # also where the original code would be faster
     try:
         optimize(model, request, *fused)
+        _give(model)
         with torch.no_grad():
             model(**given)
         (site,) = report_of(model).attention

@@ -204,7 +204,7 @@ def _sees_a_key(case: Case) -> bool:
     d, x = case.dims, operands(case)
     sizes: dict[str, Any] = {"q_len": d.q_len, "kv_len": d.kv_len}
     seen = mask_of(
-        case.spec, batch=d.batch, heads=d.heads, tensors=x.tensors, sizes=x.sizes, **sizes
+        case.softmax, batch=d.batch, heads=d.heads, tensors=x.tensors, sizes=x.sizes, **sizes
     )
     return bool(seen.any())
 
@@ -226,7 +226,7 @@ def _dims(draw: st.DrawFn) -> Dims:
 
 def features(case: Case) -> list[str]:
     """What a case has, in words: for counting that many different things are drawn."""
-    spec, d = case.spec, case.dims
+    spec, d = case.softmax, case.dims
     lengths = "=" if d.q_len == d.kv_len else "<" if d.q_len < d.kv_len else ">"
     found = [*case.name.split("; "), f"dtype: {str(case.dtype).removeprefix('torch.')}"]
     found += [

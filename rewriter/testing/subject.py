@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, replace
-from typing import cast
 
 from rewriter import registry
 from rewriter.errors import InputError
 from rewriter.options import options_of
 from rewriter.passbase import PATTERNS, Pass, Pattern, Request, apply, parse_request
 from rewriter.sites import Site
-from rewriter.spec import MASKED, SoftmaxSpec
+from rewriter.spec import MASKED, SoftmaxSpec, Spec
 from rewriter.testing.cases import Case, Dims
 from rewriter.testing.outcome import Outcome
+from rewriter.testing.sources import HIDDEN
 
 __all__ = ["Subject", "Trial", "function_cases", "pattern_cases", "rewritten", "site_of"]
 
@@ -39,7 +39,7 @@ class Subject:
         if not issubclass(kind, Pass) or kind is Pass:
             raise InputError(f"check takes a Pass, a class or a value of it, got {what!r}")
         problems = list(_undeclared(kind))
-        identity = _read(kind, getattr(kind, "identity", ""), "identity", problems)
+        identity = _identity(kind, problems)
         found = [_read(kind, text, "examples", problems) for text in kind.examples]
         if isinstance(what, Pass):
             found.insert(0, Request(what))
@@ -65,6 +65,16 @@ class Subject:
 
 def _has_defaults(kind: type[Pass]) -> bool:
     return all(field.default is not MISSING for field, _ in options_of(kind).values())
+
+
+def _identity(kind: type[Pass], problems: list[Outcome]) -> Request | None:
+    """The setting that changes nothing; an approximation may have none."""
+    text = getattr(kind, "identity", "")
+    if text or kind.contract != "approximate":
+        return _read(kind, text, "identity", problems)
+    reason = f"{kind.name} approximates and has no setting that changes nothing"
+    problems.append(Outcome("identity", "all cases", "skipped", reason))
+    return None
 
 
 def _read(kind: type[Pass], text: str, what: str, problems: list[Outcome]) -> Request | None:
@@ -145,7 +155,7 @@ def pattern_cases(pattern: Pattern, *, full: bool = False) -> Iterator[Case]:
     yield Case.of(first, Dims(q_len=5, kv_len=n, kv_heads=4))
     if pattern == "noncausal self":
         plain = Case.of(first, Dims(q_len=n, kv_len=n))
-        yield replace(plain, name="dropout", spec=replace(plain.spec, dropout=0.1))
+        yield replace(plain, name="dropout", spec=replace(plain.softmax, dropout=0.1))
     for size in (1, 2, 63, 64, 65, 129) if full else ():
         yield Case.of(first, Dims(q_len=size, kv_len=size))
     for kv_heads, dim in ((1, 60), (2, 64), (4, 128)) if full else ():
@@ -172,12 +182,17 @@ def site_of(case: Case, pattern: Pattern) -> Site:
     return Site(
         "layers.0.attn",
         0,
-        spec=case.spec,
+        spec=case.spec if isinstance(case.spec, SoftmaxSpec) else None,
         heads=d.heads,
         kv_heads=d.kv_heads,
         head_dim=d.head_dim,
         value_dim=d.value_dim,
         is_cross="cross" in pattern,
+        q_len=d.q_len,
+        kv_len=d.kv_len,
+        input_dim=HIDDEN,
+        residual_dim=HIDDEN,
+        layers=1,
     )
 
 
@@ -188,7 +203,7 @@ class Trial:
     request: Request
     pattern: Pattern
     case: Case
-    new: SoftmaxSpec | None
+    new: Spec | None
     """None, if the pass declined."""
     reason: str = ""
 
@@ -209,4 +224,4 @@ def rewritten(request: Request, pattern: Pattern, case: Case) -> Trial:
     if applied:
         return Trial(request, pattern, case, spec)
     reason = refusals[0].removeprefix(f"{request.text}: ") if refusals else "no site is selected"
-    return Trial(request, pattern, case, cast("SoftmaxSpec | None", None), reason)
+    return Trial(request, pattern, case, None, reason)

@@ -21,10 +21,10 @@ from rewriter.errors import InputError
 from rewriter.optimize import reinstalled, requests_of, target_of
 from rewriter.verify.call import Call
 from rewriter.verify.diagnosis import At, diagnosis
+from rewriter.verify.growing import Stage
 from rewriter.verify.isolation import plain_calls
 from rewriter.verify.judge import Judge
 from rewriter.verify.reverting import Recorded, Reverter, failure, first_failing
-from rewriter.verify.stages import Stage
 from rewriter.verify.yardstick import Yardstick
 
 __all__ = ["Culprit", "bisect"]

@@ -8,11 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import Spec
+from rewriter.verify.growing import Stage
 from rewriter.verify.guesses import Seen, misread_stage
 from rewriter.verify.reverting import Recorded
 from rewriter.verify.script import (
     Drawn,
+    is_free,
     op_script,
     output_script,
     reference_script,
@@ -22,7 +24,6 @@ from rewriter.verify.script import (
 )
 from rewriter.verify.stages import (
     Operands,
-    Stage,
     changed_stage,
     difference,
     lowered,
@@ -99,6 +100,8 @@ def _of_pass(recorded: Recorded, gradients: bool) -> Iterator[Finding]:
     if before is None or after is None or before == after or recorded.is_defined:
         return
     operands = recorded.operands(recorded.ref)
+    if not operands.hold(after):  # it reads what a pass computes, which the model does not have
+        return
     found = changed_stage(before, after, operands, gradients=gradients)
     if found is not None:
         passes = ", ".join(recorded.report.passes)
@@ -108,7 +111,7 @@ def _of_pass(recorded: Recorded, gradients: bool) -> Iterator[Finding]:
         def shows(candidate: Operands) -> bool:
             return bool(difference(run, after, before, candidate, gradients=gradients))
 
-        drawn = smallest(_drawn((before, after), operands), shows)
+        drawn = _smallest((before, after), operands, shows)
         script = reference_script(title, before, after, drawn or operands, gradients=gradients)
         saved = {} if drawn else stored(operands)
         reason = f"{passes} made {after} of {before}, which is another function: {reason}"
@@ -124,6 +127,8 @@ def _of_lowering(
     if spec is None:
         return
     operands = recorded.operands(recorded.ref)
+    if not operands.hold(spec):
+        return
     modes = (True,) if gradients else (False, True) if recording else (False,)
     for name in dict.fromkeys(lowering_of(spec, operands, target, grad=g) for g in modes):
         new = lowered(name)
@@ -138,7 +143,7 @@ def _of_lowering(
         def shows(candidate: Operands, new: Callable[..., Tensor] = new) -> bool:
             return bool(difference(new, spec, spec, candidate, gradients=gradients))
 
-        drawn = smallest(_drawn((spec,), operands), shows)
+        drawn = _smallest((spec,), operands, shows)
         script = op_script(title, spec, name, drawn or operands, gradients=gradients)
         what = "the gradient of " if gradients else ""
         since = "in plain attention" if stage == "operands" else f"when the {stage} joins"
@@ -148,10 +153,15 @@ def _of_lowering(
         yield finding if drawn or shows(reloaded(operands)) else finding.silent
 
 
-def _drawn(specs: tuple[SoftmaxSpec, ...], operands: Operands) -> Drawn:
-    """Random operands of the same sizes, with every tensor that a spec reads."""
+def _smallest(
+    specs: tuple[Spec, ...], operands: Operands, shows: Callable[[Operands], bool]
+) -> Drawn | None:
+    """Random operands that show it, with every tensor that a spec reads; None where none do, or
+    where a spec promises of a tensor what no random one keeps."""
+    if not all(map(is_free, specs)):
+        return None
     first, *rest = (Drawn.like(spec, operands) for spec in specs)
-    return first.joined(*rest)
+    return smallest(first.joined(*rest), shows)
 
 
 def _part(stage: Stage, gradients: bool) -> str:

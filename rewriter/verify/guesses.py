@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.spec import MASKED, SoftmaxSpec
-from rewriter.verify.stages import Operands, Stage, compared, factors, run, unmasked_rows
+from rewriter.verify.growing import Stage
+from rewriter.verify.stages import Operands, compared, factors, run, unmasked_rows
 
 __all__ = ["Seen", "misread_stage"]
 

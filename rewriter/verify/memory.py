@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from rewriter.lowering import attention
+from rewriter.op import attention
 from rewriter.report import SiteReport
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.verify.call import Call
 from rewriter.verify.isolation import kept_buffers, plain_calls
 from rewriter.verify.rows import counted
@@ -124,7 +124,7 @@ class SiteMeter:
         found = {**vars(self._known[key]), "name": line.site.name}
         self.sites.append(SiteMemory(**found))
 
-    def _measured(self, line: SiteReport, spec: SoftmaxSpec, call: SiteCall) -> SiteMemory:
+    def _measured(self, line: SiteReport, spec: Spec, call: SiteCall) -> SiteMemory:
         q, k, v = call.q, call.k, call.v
 
         def run() -> Tensor:

@@ -38,8 +38,10 @@ class Recorded:
         return self.ref.name
 
     def has_rows_without_key(self) -> bool:
-        spec = self.report.site.spec
-        return spec is not None and not bool(unmasked_rows(spec, self.operands(self.ref)).all())
+        spec, operands = self.report.site.spec, self.operands(self.ref)
+        if spec is None or not operands.hold(spec):
+            return False
+        return not bool(unmasked_rows(spec, operands).all())
 
     def operands(self, call: SiteCall) -> Operands:
         spec = self.report.after if self.is_defined else self.report.site.spec

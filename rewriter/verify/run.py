@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from rewriter.additions import lent
 from rewriter.errors import InputError, RewriterError
 from rewriter.optimize import report_of, requests_of, target_of
 from rewriter.verify.against import original_runs, reference_runs
@@ -82,11 +83,11 @@ def verify(
         )
     dtype = coarsest_dtype(original, call.tensors.values())
     notes: list[str] = []
-    expected = (
-        original_runs(original, call, dtype, notes)
-        if against == "original"
-        else reference_runs(original, call, requests_of(model), notes)
-    )
+    if against == "original":
+        expected = original_runs(original, call, dtype, notes)
+    else:
+        with lent(model, original):
+            expected = reference_runs(original, call, requests_of(model), notes)
     described = expected.described
     judge = Judge.of(expected.ref, expected.gold, expected.gold_dtype, dtype)
     del expected

@@ -6,21 +6,20 @@ in float64, ref the reference in the dtype of the operands, new whatever is unde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
 
-import sympy
 import torch
-from sympy import Float, Integer
+from sympy import Float
 from torch import Tensor
 
-from rewriter import symbols as sym
 from rewriter.errors import LoweringError
-from rewriter.lowering import Shapes, attention, choose
+from rewriter.lowering import Shapes, choose
+from rewriter.op import attention
 from rewriter.reference import mask_of, reference
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.verify.call import Run
+from rewriter.verify.growing import Stage, grown, plainest, without_dropout
 from rewriter.verify.judge import Judge
 from rewriter.verify.leaves import Leaves
 from rewriter.verify.report import VerifyRow
@@ -34,28 +33,13 @@ __all__ = [
     "difference",
     "lowered",
     "lowering_of",
-    "plainest",
     "run",
     "stage_of",
     "unmasked_rows",
 ]
 
-Stage = Literal[
-    "score", "mask", "route", "normaliser", "edit", "heads", "operands", "gradient", "none"
-]
-"""A part of the computation of a site. `"score"` has the scale in it, `"normaliser"` rows without a
-key, sinks and dropout, `"operands"` what lies where: layout, groups of heads, strides. No spec has
-a route or an edit yet. `"none"`: no site is to blame."""
-
-Function = Callable[[SoftmaxSpec, "Operands"], Tensor]
+Function = Callable[[Spec, "Operands"], Tensor]
 """An attention on operands: `run`, or `lowered(target)`."""
-
-_FIELDS: tuple[tuple[Stage, tuple[str, ...]], ...] = (
-    ("score", ("scale", "score")),
-    ("mask", ("mask",)),
-    ("normaliser", ("masked", "sink", "dropout")),
-    ("heads", ("heads",)),
-)
 
 
 @dataclass(frozen=True)
@@ -69,9 +53,14 @@ class Operands:
     """What formulas read, by name; may hold more than one spec reads."""
     sizes: Mapping[str, int]
 
-    def of(self, spec: SoftmaxSpec) -> tuple[list[Tensor], list[int]]:
+    def of(self, spec: Spec) -> tuple[list[Tensor], list[int]]:
         """The tensors and sizes of a spec, in its order."""
         return [self.tensors[t.name] for t in spec.tensors], [self.sizes[n] for n in spec.sizes]
+
+    def hold(self, spec: Spec) -> bool:
+        """Everything that the spec reads is there."""
+        named = {t.name for t in spec.tensors}
+        return named <= set(self.tensors) and set(spec.sizes) <= set(self.sizes)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Operands:
         """The same with every floating tensor changed."""
@@ -91,7 +80,7 @@ class Operands:
         read = {n: x for n, x in self.tensors.items() if x.is_floating_point()}
         return {"q": self.q, "k": self.k, "v": self.v, **read}
 
-    def shapes(self, spec: SoftmaxSpec, *, grad: bool = False) -> Shapes:
+    def shapes(self, spec: Spec, *, grad: bool = False) -> Shapes:
         batch, heads, q_len, head_dim = self.q.shape
         _, kv_heads, kv_len, value_dim = self.v.shape
         dims = (batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim)
@@ -102,26 +91,25 @@ class Operands:
 # --- what is compared -----------------------------------------------------------------------------
 
 
-def run(spec: SoftmaxSpec, operands: Operands) -> Tensor:
+def run(spec: Spec, operands: Operands) -> Tensor:
     """The meaning of the spec, dropout left out."""
     q, k, v = operands.q, operands.k, operands.v
-    return reference(replace(spec, dropout=0.0), q, k, v, *operands.of(spec))
+    return reference(without_dropout(spec), q, k, v, *operands.of(spec))
 
 
 def lowered(target: str) -> Function:
     """What the op makes of a spec, dropout left out."""
 
-    def function(spec: SoftmaxSpec, operands: Operands) -> Tensor:
+    def function(spec: Spec, operands: Operands) -> Tensor:
         q, k, v = operands.q, operands.k, operands.v
-        return attention(q, k, v, *operands.of(spec), replace(spec, dropout=0.0), target)
+        return attention(q, k, v, *operands.of(spec), without_dropout(spec), target)
 
     return function
 
 
-def lowering_of(spec: SoftmaxSpec, operands: Operands, target: str, *, grad: bool = False) -> str:
+def lowering_of(spec: Spec, operands: Operands, target: str, *, grad: bool = False) -> str:
     """The name of the lowering that the op would choose."""
-    plain = replace(spec, dropout=0.0)
-    return choose(plain, operands.shapes(spec, grad=grad), target)[0].name
+    return choose(without_dropout(spec), operands.shapes(spec, grad=grad), target).lowering.name
 
 
 def compared(
@@ -138,7 +126,7 @@ def _as_run(values: Mapping[str, Tensor]) -> Run:
 
 
 def results(
-    function: Function, spec: SoftmaxSpec, operands: Operands, *, gradients: bool
+    function: Function, spec: Spec, operands: Operands, *, gradients: bool
 ) -> dict[str, Tensor]:
     """The output, and the gradients of everything floating for a fixed cotangent."""
     if not gradients:
@@ -161,8 +149,8 @@ def results(
 
 def difference(
     new: Function,
-    spec: SoftmaxSpec,
-    meant: SoftmaxSpec,
+    spec: Spec,
+    meant: Spec,
     operands: Operands,
     *,
     gradients: bool = False,
@@ -182,6 +170,8 @@ def difference(
         return ""  # it does not take this form of the spec
     except Exception as error:
         return f"it raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    # what the new spec does not read has no gradient
+    got = {n: got.get(n, torch.zeros_like(x)) for n, x in ref.items()}
     if rows is not None:
         if not bool(rows.any()):
             return ""
@@ -196,7 +186,7 @@ def _named(row: VerifyRow) -> str:
 
 
 def unmasked_rows(spec: SoftmaxSpec, operands: Operands) -> Tensor:
-    """Rows `[B, H, L]` that see a key."""
+    """Rows `[B, H, L]` to which the mask shows a key."""
     (batch, heads, q_len, _), kv_len = operands.q.shape, operands.k.shape[2]
     tensors, sizes = operands.of(spec)
     read = [x.cpu() for x in tensors]
@@ -208,41 +198,12 @@ def unmasked_rows(spec: SoftmaxSpec, operands: Operands) -> Tensor:
 # --- which stage ----------------------------------------------------------------------------------
 
 
-def plainest(spec: SoftmaxSpec, operands: Operands) -> SoftmaxSpec:
-    """Attention with no stage switched on; the same dims, and scores of a usual size."""
-    dim = max(1, operands.q.shape[3])
-    return replace(
-        spec,
-        scale=Float(dim**-0.5),
-        score=sym.s,
-        mask=sympy.true,
-        masked="zero",
-        sink=None,
-        dropout=0.0,
-        heads=Integer(1),
-    )
-
-
-def _growing(start: SoftmaxSpec, end: SoftmaxSpec) -> Iterator[tuple[Stage, SoftmaxSpec]]:
-    """From one spec to the other, one stage after another; stages that change nothing are left
-    out."""
-    start, end = replace(start, dropout=0.0), replace(end, dropout=0.0)
-    union = {t.name: t for t in (*start.tensors, *end.tensors)}
-    sizes = tuple(dict.fromkeys((*start.sizes, *end.sizes)))
-    here = replace(start, tensors=tuple(union.values()), sizes=sizes)
-    for stage, names in _FIELDS:
-        there = replace(here, **cast(Any, {n: getattr(end, n) for n in names}))
-        if there != here:
-            yield stage, there.without_unused()
-        here = there
-
-
 def changed_stage(
-    before: SoftmaxSpec, after: SoftmaxSpec, operands: Operands, *, gradients: bool = False
+    before: Spec, after: Spec, operands: Operands, *, gradients: bool = False
 ) -> tuple[Stage, str] | None:
     """The first stage in which `after` is another function than `before`, and how; None if they are
     the same function on these operands."""
-    for stage, spec in _growing(before, after):
+    for stage, spec in grown(before, after):
         found = difference(run, spec, before, operands, gradients=gradients)
         if found:
             return stage, found
@@ -250,30 +211,35 @@ def changed_stage(
 
 
 def stage_of(
-    new: Function, spec: SoftmaxSpec, operands: Operands, *, gradients: bool = False
+    new: Function, spec: Spec, operands: Operands, *, gradients: bool = False
 ) -> tuple[Stage, str] | None:
     """The first stage at which `new` differs from the reference when the stages of the spec are
     switched on one after another, and how; None if it does not differ."""
     whole = difference(new, spec, spec, operands, gradients=gradients)
     if not whole:
         return None
-    plain = plainest(spec, operands).without_unused()
+    plain = plainest(spec, operands.q.shape[3])
     found = difference(new, plain, plain, operands, gradients=gradients)
+    if found and not isinstance(plain, SoftmaxSpec):
+        return "family", found
     if found:
+        assert isinstance(plain, SoftmaxSpec)
         factor = _scale_taken(new, plain, operands)
         if factor is not None and not gradients:
             return "score", f"it multiplies the scores by {factor:.4g}; {whole}"
         return "operands", found
-    for stage, grown in _growing(plain, spec):
+    for stage, more in grown(plain, spec):
         if stage == "mask" and not gradients:
-            rows = unmasked_rows(grown, operands)
-            found = difference(new, grown, grown, operands, rows=rows)
-            if not found and grown.masked == spec.masked:
-                empty = difference(new, grown, grown, operands)
+            assert isinstance(more, SoftmaxSpec)
+            assert isinstance(spec, SoftmaxSpec)
+            rows = unmasked_rows(more, operands)
+            found = difference(new, more, more, operands, rows=rows)
+            if not found and more.masked == spec.masked:
+                empty = difference(new, more, more, operands)
                 if empty:
                     return "normaliser", f"rows that see no key differ: {empty}"
         else:
-            found = difference(new, grown, grown, operands, gradients=gradients)
+            found = difference(new, more, more, operands, gradients=gradients)
         if found:
             return stage, found
     return "operands", whole

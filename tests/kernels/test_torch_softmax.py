@@ -680,7 +680,7 @@ def test_sdpa_called_all_the_same_raises_the_reason() -> None:
 MEMORY = """
 import pathlib, re, sys, torch
 from sympy import tanh
-from rewriter.lowering import attention
+from rewriter.op import attention
 from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import k, q, s
 

@@ -19,11 +19,12 @@ from sympy import Symbol
 
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
+from rewriter.evaluate import evaluate
 from rewriter.kernels.triton_code import Printer
 from rewriter.kernels.triton_codegen import KernelSpec, Tile, arguments, codegen
 from rewriter.kernels.triton_ranges import BEHIND, FIRST, key_ranges
 from rewriter.kernels.triton_tables import filled, tabulate
-from rewriter.reference import evaluate, mask_of
+from rewriter.reference import mask_of
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.symbols import IDiv, IMod, L, M, Maximum, Read, Trunc, Where, b, h, k, q, s
 from triton_specs import CAUSAL, SCALE, SPECS

@@ -16,10 +16,11 @@ from torch import Tensor
 from mutants.catalogue import Mutant
 from mutants.toy import lowering_of
 from rewriter import lowering
+from rewriter.evaluate import evaluate, index_values
 from rewriter.kernels import torch_backward
 from rewriter.kernels.torch_blocked import Call
 from rewriter.lowering import BLOCKED, Lowering
-from rewriter.reference import evaluate, index_values, reference, reference_weights
+from rewriter.reference import reference, reference_weights
 from rewriter.spec import SoftmaxSpec
 
 __all__ = ["HONEST", "MUTANTS", "Patched"]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mutants import decoders, forms, gradients, graphs, lifts, memories, round_trips
 from mutants.catalogue import Kind, Mutant
 from mutants.lowerings import HONEST as HONEST_TOY
-from rewriter.lowering import BLOCKED, Lowering, attention
+from rewriter.lowering import BLOCKED, Lowering
+from rewriter.op import attention
 from rewriter.optimize import optimize
 from rewriter.passbase import PATTERNS, Pass
 from rewriter.passes.fuse import Fuse

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.evaluate import evaluate, index_values
 from rewriter.kernels.torch_softmax import blocked_supports
 from rewriter.lowering import Lowering, Shapes
-from rewriter.reference import evaluate, index_values
 from rewriter.spec import SoftmaxSpec
 
 __all__ = ["Toy", "lowering_of", "supports"]

@@ -40,7 +40,11 @@ def test_the_pass_conforms(kind: type[Pass]) -> None:
     assert kind.laws
     assert kind.examples
     checks = {row.check for row in outcomes.rows if row.verdict == "passed"}
-    assert {"identity", "purity", "text", "model", "triton, output", "onnx, output"} <= checks
+    assert {"purity", "text", "model", "onnx, output"} <= checks
+    assert "identity" in checks or (kind.contract == "approximate" and not kind.identity)
+    kernels = [row for row in outcomes.rows if row.check == "triton, output"]
+    other = all("it computes softmax attention" in row.reason for row in kernels)
+    assert "triton, output" in checks or other
 
 
 def test_the_recomputing_backward_conforms() -> None:
@@ -62,7 +66,8 @@ def test_the_grid_covers_what_it_promises(full: bool) -> None:
     assert {c.dtype for c in cases} == {torch.float32, torch.bfloat16, torch.float16}
     assert {c.layout for c in cases} == set(LAYOUTS)
     assert {c.hidden for c in cases} == {"left", "right", "all"}
-    assert {c.spec.masked for c in cases} == {"zero", "mean", "add", "nan"}
+    softmax = [c.spec for c in cases if isinstance(c.spec, SoftmaxSpec)]
+    assert {spec.masked for spec in softmax} == {"zero", "mean", "add", "nan"}
     assert {c.name.split(", ")[0] for c in cases} >= {name.split(", ")[0] for name in BASES}
     assert len({c.text for c in cases}) == len(cases)
     assert {c.logits for c in grid.extremes(full=full)} == {1e4, 30.0}
@@ -225,6 +230,7 @@ def test_a_backend_that_cannot_run_is_a_loud_row(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_worker_that_dies_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker._worker.cache_clear()
     monkeypatch.setattr(worker.sys, "executable", "/bin/false")
     (row,) = worker.interpreted([Case.of("plain")])
     assert row.verdict == "failed"

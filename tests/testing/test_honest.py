@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from sympy import Symbol
 from torch import Tensor
 
-from rewriter.lowering import LOWERINGS, Lowering, attention
-from rewriter.reference import evaluate, index_values, reference
+from rewriter.evaluate import evaluate, index_values
+from rewriter.lowering import LOWERINGS, Lowering
+from rewriter.op import attention
+from rewriter.reference import reference
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.symbols import L, M, Maximum, Minimum, Read, h, k, q, s
 from rewriter.testing.agreement import Forward, gradients_agree, output_agrees

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import lowering
+from rewriter import lowering, op
 from rewriter.passbase import Pass
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
@@ -29,6 +29,7 @@ class Lie(Pass):
 
     name: ClassVar[str] = "test.lie"
     contract: ClassVar[str] = "exact"  # type: ignore[assignment]
+    stage: ClassVar[str] = "score"
     layer: int = 1
 
     def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
@@ -52,7 +53,7 @@ def implemented(forward: Callable[..., Tensor]) -> Iterator[None]:
 def _forget() -> None:
     """What was chosen for shapes that have been seen."""
     lowering._chosen.cache_clear()
-    lowering._chosen_for.cache_clear()
+    op._chosen_for.cache_clear()
 
 
 def pair(

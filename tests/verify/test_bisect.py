@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import decide, lowering
+from rewriter import decide, lowering, op
 from rewriter import symbols as sym
 from rewriter.errors import InputError
 from rewriter.passbase import Pass, Request, Selector, option
@@ -81,7 +81,7 @@ Forward = Callable[..., Tensor]
 def faulty(change: Callable[[Forward], Forward]) -> Iterator[None]:
     """For a while, every implementation in torch is a wrong one."""
     before = dict(lowering._TARGETS)
-    caches = (lowering._chosen, lowering._chosen_for)
+    caches = (lowering._chosen, op._chosen_for)
     try:
         for name, choices in before.items():
             wrong = tuple(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rewriter
 from rewriter import symbols as sym
-from rewriter.lowering import attention
+from rewriter.op import attention
 from rewriter.reference import reference
 from rewriter.report import SiteReport
 from rewriter.sites import Site

@@ -1,0 +1,126 @@
+"""What a user hands to passes at run time: labels of tokens, and head outputs of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.additions import Given, given_to
+from rewriter.errors import InputError
+from rewriter.optimize import call_arguments, reinstalled
+from rewriter.watch import Watched
+
+__all__ = ["Gift", "give", "head_outputs", "label_spans"]
+
+
+@dataclass
+class Gift:
+    """What was given; as a context manager, it is taken back at the end."""
+
+    model: nn.Module
+    before: Given
+
+    def __enter__(self) -> Gift:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.take_back()
+
+    def take_back(self) -> None:
+        """The model has what it had before."""
+        now = given_to(self.model)
+        now.labels, now.patches = self.before.labels, self.before.patches
+
+
+def give(
+    model: nn.Module,
+    *,
+    labels: Tensor | None = None,
+    patches: Mapping[str, Tensor] | None = None,
+) -> Gift:
+    """Hands tensors to the passes of an optimized model, for the calls that follow.
+
+        with rewriter.give(model, labels=rewriter.label_spans([(5, 581)], length=600)):
+            model.generate(...)
+
+    Args:
+        model: the optimized model.
+        labels: integers `[B, M]` (or `[1, M]` for every row), one for each token of the prompt: 1
+            for the tokens of an image, 0 for others. Tokens that come later are others.
+        patches: head outputs `[B, H, L, Dv]` by the name of the site, as `head_outputs` gives them.
+
+    Raises:
+        InputError: labels of another shape or with other values, or without an image.
+    """
+    given = given_to(model)
+    before = replace(given)
+    if labels is not None:
+        given.labels = _checked(labels)
+    if patches is not None:
+        given.patches = dict(patches)
+    return Gift(model, before)
+
+
+def _checked(labels: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        got = (
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else type(labels).__name__
+        )
+        raise InputError(f"labels are integers [B, M], one for each token of the prompt; got {got}")
+    labels = labels.long()
+    if bool(((labels != 0) & (labels != 1)).any()):
+        values = sorted(set(labels.flatten().tolist()) - {0, 1})
+        raise InputError(f"labels are 1 for image tokens and 0 for others; got {values}")
+    if not bool(labels.any()):
+        raise InputError(
+            "no token is labelled as an image; for prompts without one use the model without this "
+            "pass, or rewriter.restore(model)"
+        )
+    return labels
+
+
+def label_spans(spans: Sequence[tuple[int, int]], *, length: int) -> Tensor:
+    """Labels `[1, length]` with 1 at the tokens `start` to `stop - 1` of each span.
+
+    Raises:
+        InputError: without a span, or with one that is empty or not inside the prompt.
+    """
+    labels = torch.zeros(1, length, dtype=torch.int64)
+    if not spans:
+        raise InputError("no image span: give at least one (start, stop)")
+    for start, stop in spans:
+        if not 0 <= start < stop <= length:
+            raise InputError(f"span ({start}, {stop}) is not inside a prompt of {length} tokens")
+        labels[:, start:stop] = 1
+    return labels
+
+
+def head_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """The outputs of all heads of every site, `[B, H, L, Dv]` by its name, in one call.
+
+    Args:
+        model: an optimized model, or a plain one; it is the same afterwards.
+        inputs: what one call takes: a mapping, a sequence of arguments, or one tensor.
+
+    Raises:
+        InputError: if no attention was found.
+    """
+    found: dict[str, Tensor] = {}
+
+    def watcher(form: Watched, args: tuple[Any, ...]) -> Any:
+        result, calls = form.ours(args)
+        found.update({call.name: call.out for call in calls})
+        return result
+
+    args, kwargs = call_arguments(inputs)
+    with torch.no_grad(), reinstalled(model, watcher=watcher):
+        model(*args, **kwargs)
+    if not found:
+        raise InputError("no attention of the model was understood, so there are no head outputs")
+    return found

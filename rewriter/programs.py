@@ -1,0 +1,219 @@
+"""Programs beside the attention: nodes that compute the tensors that a pass adds to a spec.
+
+In a graph that runs, a program is one node that calls its function. In an exported graph it is
+traced into the graph's own dialect, so that it can be written to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rewriter.additions import NAME, addition, additions_of, given_to
+from rewriter.beside import beside
+from rewriter.capture import Captured
+from rewriter.errors import InputError
+from rewriter.frame import Lifted
+from rewriter.reading import value_of
+from rewriter.spec import TensorArg
+from rewriter.stages import Parameter, Source, Tap
+from rewriter.taps import Link, Tapped, input_of, link_of, residual_of
+
+__all__ = ["Programs"]
+
+aten = torch.ops.aten
+
+
+class Programs:
+    """Writes the programs of one site into its graph."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        lifted: Lifted,
+        model: nn.Module,
+        call: Callable[[Any, tuple[Any, ...]], fx.Node],
+        current: Callable[[fx.Node], fx.Node],
+        operands: tuple[fx.Node, fx.Node, fx.Node],
+    ) -> None:
+        self.captured, self.lifted, self.model = captured, lifted, model
+        self.call, self.current = call, current
+        self.operands = dict(zip("qkv", operands, strict=True))
+        self.link: Link | None = link_of(lifted)
+        self.site = lifted.site.name
+
+    def node(self, arg: TensorArg) -> fx.Node:
+        """The node of a tensor that its source computes."""
+        source = cast(Source, arg.source)
+        taps = [self._tap(tap) for tap in source.taps]
+        parameters = [self._parameter(arg.name, wanted) for wanted in source.parameters]
+        if self.captured.is_exported:
+            return self._traced(source, (*taps, *parameters))
+        if source.later is None:
+            return self.call(self._program(arg.name, source), (*taps, *parameters))
+        full, past = (
+            (self.current(self.link.full), self.current(self.link.past))
+            if self.link is not None
+            else (self.operands["k"], None)
+        )
+        run = self._kept(arg.name, source)
+        return self.call(run, (full, past, self.operands["k"], *taps, *parameters))
+
+    # --- functions that run in the graph ----------------------------------------------------------
+
+    def _program(self, name: str, source: Source) -> Callable[..., Tensor]:
+        options, model, term = dict(source.options), self.model, f"{self.site}.{name}"
+
+        def program(*args: Tensor) -> Tensor:
+            if source.loss is not None and torch.is_grad_enabled() and model.training:
+                given_to(model).losses[term] = source.loss(*args, **options)
+            return source.compute(*args, **options)
+
+        return program
+
+    def _kept(self, name: str, source: Source) -> Callable[..., Tensor]:
+        """A program for keys, which runs with the prompt and is kept beside the cache."""
+        run, site, later = self._program(name, source), self.site, source.later
+
+        def program(full: Tensor, past: Tensor | None, k: Tensor, *args: Tensor) -> Tensor:
+            if _is_fake(full):
+                return run(*args).new_zeros((k.shape[0], k.shape[2]))
+            memory = beside(full, past, (site, name))
+            before = past is not None and past.numel() > 0
+            if before:
+                known = None if memory is None else memory.recall()
+                if known is None:
+                    raise InputError(
+                        f"{site}: what {name} says of the cached keys is not known: this cache was "
+                        "filled by another model, or reordered (beam search), cropped or cloned "
+                        "since; run the prompt again with this model, with num_beams=1"
+                    )
+                value = known
+            else:
+                value = run(*args)
+            more = k.shape[2] - value.shape[-1]
+            value = torch.nn.functional.pad(value, (0, more), value=cast(int, later))
+            if memory is not None:
+                memory.keep(value)
+            return value
+
+        return program
+
+    # --- what they read ---------------------------------------------------------------------------
+
+    def _tap(self, tap: Tap) -> fx.Node:
+        if tap in self.operands:
+            return self.operands[tap]
+        if tap in ("input", "residual"):
+            find = input_of if tap == "input" else residual_of
+            found = find(self.lifted, self.captured)
+            if found is None:
+                raise InputError(f"{self.site}: its {tap} was not found in the graph")
+            return self._rows(found)
+        return self._given(tap)
+
+    def _rows(self, found: Tapped) -> fx.Node:
+        """The node as `[B, L, C]`."""
+        node = self.current(found.node)
+        if found.is_transposed:
+            return self.call(aten.transpose.int, (node, 0, 1))
+        if value_of(node).dim() == 3:
+            return node
+        batch = self.call(aten.sym_size.int, (self.operands["q"], 0))
+        return self.call(aten.reshape.default, (node, [batch, -1, found.dim]))
+
+    def _given(self, tap: str) -> fx.Node:
+        if self.captured.is_exported:
+            raise InputError(f"{self.site}: {tap} cannot be an input of an exported graph yet")
+        model, site = self.model, self.site
+
+        def given(k: Tensor, q: Tensor) -> Tensor:
+            if tap == "labels":
+                return _labels(given_to(model).labels, k, site)
+            return _patch(given_to(model).patches.get(site), q, site)
+
+        return self.call(given, (self.operands["k"], self.operands["q"]))
+
+    def _parameter(self, tensor: str, wanted: Parameter) -> fx.Node:
+        like = value_of(self.operands["q"])
+        path = addition(self.model, f"{self.site}.{tensor}", wanted, like.dtype, like.device)
+        node = self.captured.parameter(path)
+        if node is not None:
+            return node
+        # The holder itself goes into the graph, so that a replaced parameter is seen.
+        self.captured.module.add_module(NAME, cast(nn.Module, additions_of(self.model)))
+        node = self.captured.graph.get_attr(path)
+        mode = self.captured.fake_mode
+        with torch.no_grad():
+            value = self.captured.module.get_parameter(path) if wanted.trained else None
+            real = value if value is not None else self.captured.module.get_buffer(path)
+            node.meta["val"] = real if mode is None else mode.from_tensor(real.detach())
+        return node
+
+    def _traced(self, source: Source, args: Sequence[fx.Node]) -> fx.Node:
+        """The program as nodes of the graph's own dialect."""
+        options = dict(source.options)
+        values = [value_of(x) for x in args]
+
+        def compute(*given: Tensor) -> Tensor:
+            return source.compute(*given, **options)
+
+        body = make_fx(compute, tracing_mode="fake", pre_dispatch=True)(*values)
+        nodes: dict[fx.Node, Any] = {}
+        inputs = iter(args)
+        result: Any = None
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                nodes[node] = next(inputs)
+            elif node.op == "output":
+                result = nodes[node.args[0]]
+            elif node.op == "get_attr":
+                name = f"_{source.compute.__name__}_{len(self.captured.graph.nodes)}"
+                value = getattr(body, cast(str, node.target))
+                self.captured.module.register_buffer(name, value, persistent=False)
+                nodes[node] = self.captured.graph.get_attr(name)
+                nodes[node].meta["val"] = value
+            else:
+                nodes[node] = self.captured.graph.node_copy(node, lambda n: nodes[n])
+        return cast(fx.Node, result)
+
+
+def _is_fake(x: Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def _labels(labels: Tensor | None, k: Tensor, site: str) -> Tensor:
+    if _is_fake(k):
+        return k.new_zeros((k.shape[0], k.shape[2]), dtype=torch.int64)
+    if labels is None:
+        raise InputError(
+            f"{site}: which tokens are an image is not known; say it with "
+            "rewriter.give(model, labels=...) before the call"
+        )
+    batch, keys = k.shape[0], k.shape[2]
+    if labels.shape[0] not in (1, batch) or labels.shape[1] > keys:
+        raise InputError(
+            f"{site}: labels of shape {tuple(labels.shape)} were given, and the prompt has {batch} "
+            f"rows of {keys} tokens; give labels [B, M] of the prompt, or spans inside it"
+        )
+    return labels.to(k.device).expand(batch, -1)
+
+
+def _patch(patch: Tensor | None, q: Tensor, site: str) -> Tensor:
+    if _is_fake(q):
+        return q.new_zeros(q.shape)
+    if patch is None:
+        raise InputError(
+            f"{site}: its head outputs of another run were not given; say them with "
+            "rewriter.give(model, patches=rewriter.head_outputs(model, other_inputs))"
+        )
+    if patch.shape[:3] != q.shape[:3]:
+        raise InputError(
+            f"{site}: head outputs of shape {tuple(patch.shape)} were given for a call of "
+            f"{tuple(q.shape[:3])} rows, heads and tokens"
+        )
+    return patch.to(q.device)
