@@ -15,6 +15,7 @@ from rewriter.giving import give, head_outputs, label_spans
 from rewriter.linear import LinearSpec
 from rewriter.optimize import auxiliary_loss, inspect, optimize, report_of, restore
 from rewriter.passbase import Pass, option
+from rewriter.passes.sinks import massive_dimensions
 from rewriter.report import Report, SiteReport
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, TensorArg
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "label_spans",
     "load",
+    "massive_dimensions",
     "optimize",
     "option",
     "report_of",

@@ -171,7 +171,7 @@ class Given:
     """Tensors for one model that no graph computes, and the loss terms of its last call."""
 
     labels: Tensor | None = None
-    """int64 `[B, M]`: 1 for the tokens of an image, 0 for others."""
+    """int64 `[B, M]`: the group of each token of the prompt, 0 for none."""
     patches: dict[str, Tensor] = field(default_factory=dict)
     """Head outputs `[B, H, L, Dv]` by the name of the site."""
     losses: dict[str, Tensor] = field(default_factory=dict)

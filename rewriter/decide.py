@@ -32,7 +32,7 @@ from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.taps import input_of, residual_of
 
-__all__ = ["Planned", "State", "Work", "layer_count", "lifted_sites", "plan_of"]
+__all__ = ["Planned", "State", "Work", "layer_count", "lifted_sites", "plan_of", "split_request"]
 
 FUSE_FROM_SCORES = 512 * 512
 """Scores of one head from which exact fusion pays on a CPU; measured by
@@ -126,6 +126,31 @@ def plan_of(captured: Captured, model: nn.Module, state: State, number: int) -> 
         elif lifted.site.spec is not None:
             planned.kept.append(Work(lifted, lifted.site.spec))
     return planned
+
+
+def split_request(
+    before: Sequence[SiteReport], now: Sequence[SiteReport], requests: Sequence[Request]
+) -> str | None:
+    """Why this graph does not fit the earlier ones of the model: a pass that changes the function
+    was applied to a site in one of them (the prompt, say) and not in the other (a single token).
+    A model that runs both is neither the original nor the rewritten one. None if they fit."""
+    meant = [r.text for r in requests if r.action.contract != "exact"]
+    for here in now:
+        for there in before:
+            if here.site.name != there.site.name or not here.site.path:
+                continue
+            for text in meant:
+                if (text in here.passes) == (text in there.passes):
+                    continue
+                done, left = (here, there) if text in here.passes else (there, here)
+                why = left.reason.removeprefix(f"{text}: ") or left.decision
+                return (
+                    f"{here.site.name}: {text} was applied in graph {done.graph}, and in graph "
+                    f"{left.graph} it cannot be: {why}. Both graphs belong to this model, which "
+                    "would be neither the original nor the rewritten one; give it inputs that the "
+                    "pass takes, or select other sites"
+                )
+    return None
 
 
 def lifted_sites(captured: Captured) -> list[Lifted]:

@@ -49,8 +49,9 @@ def give(
 
     Args:
         model: the optimized model.
-        labels: integers `[B, M]` (or `[1, M]` for every row), one for each token of the prompt: 1
-            for the tokens of an image, 0 for others. Tokens that come later are others.
+        labels: integers `[B, M]` (or `[1, M]` for every row), one for each token of the prompt: 0
+            for ordinary tokens and 1, 2, ... for the groups that passes name. `sinks.var` takes
+            those of 1 for an image. Tokens that come later are ordinary.
         patches: head outputs `[B, H, L, Dv]` by the name of the site, as `head_outputs` gives them.
 
     Raises:
@@ -74,30 +75,31 @@ def _checked(labels: Tensor) -> Tensor:
         )
         raise InputError(f"labels are integers [B, M], one for each token of the prompt; got {got}")
     labels = labels.long()
-    if bool(((labels != 0) & (labels != 1)).any()):
-        values = sorted(set(labels.flatten().tolist()) - {0, 1})
-        raise InputError(f"labels are 1 for image tokens and 0 for others; got {values}")
+    if bool((labels < 0).any()):
+        raise InputError(f"labels are 0, 1, 2, ...; got {int(labels.min())}")
     if not bool(labels.any()):
         raise InputError(
-            "no token is labelled as an image; for prompts without one use the model without this "
-            "pass, or rewriter.restore(model)"
+            "every token is labelled 0, so no group and no image span is named; for prompts "
+            "without one use the model without this pass, or rewriter.restore(model)"
         )
     return labels
 
 
-def label_spans(spans: Sequence[tuple[int, int]], *, length: int) -> Tensor:
-    """Labels `[1, length]` with 1 at the tokens `start` to `stop - 1` of each span.
+def label_spans(spans: Sequence[tuple[int, int]], *, length: int, label: int = 1) -> Tensor:
+    """Labels `[1, length]` with `label` at the tokens `start` to `stop - 1` of each span, else 0.
 
     Raises:
         InputError: without a span, or with one that is empty or not inside the prompt.
     """
     labels = torch.zeros(1, length, dtype=torch.int64)
+    if label < 1:
+        raise InputError(f"a label of a span is 1 or more, got {label}")
     if not spans:
         raise InputError("no image span: give at least one (start, stop)")
     for start, stop in spans:
         if not 0 <= start < stop <= length:
             raise InputError(f"span ({start}, {stop}) is not inside a prompt of {length} tokens")
-        labels[:, start:stop] = 1
+        labels[:, start:stop] = label
     return labels
 
 

@@ -150,6 +150,11 @@ class LinearSpec(Spec):
     def is_causal(self) -> bool:
         return self.position is not None
 
+    @property
+    def kept(self) -> tuple[Any, ...]:
+        window = 0 if self.near is None else self.near.window
+        return (self.family, self.k_map, self.decay, self.key_weight, self.norm, window)
+
     def __str__(self) -> str:
         truths = self.truths
         text = f"{self.q_map.text('q')} · {self.k_map.text('k')}"

@@ -151,7 +151,7 @@ def _attention(
     memory = None
     if found.cached is not None and full is not None:
         weights = [x for x, t in zip(read, core.tensors, strict=True) if t.name in core.whole]
-        memory = beside(full, past, (site, choice.spec.digest()), weights)
+        memory = beside(full, past, (site, choice.spec.kept), weights)
     out = found.forward(*args) if memory is None else cast(Any, found.cached)(*args, memory)
     return out if core == whole else _finished(whole, core, out, v, tensors, sizes)
 

@@ -17,8 +17,8 @@ from rewriter import lowering
 from rewriter.additions import additions_of, discard, given_to
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
-from rewriter.decide import Planned, State, layer_count, plan_of
-from rewriter.errors import CaptureError, InputError, SelectorError
+from rewriter.decide import Planned, State, layer_count, plan_of, split_request
+from rewriter.errors import CaptureError, InputError, PassError, SelectorError
 from rewriter.find import softmaxes
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
@@ -333,6 +333,9 @@ class _Backend:
             captured = from_dynamo(gm, names, list(signature(model.forward).parameters))
             planned = plan_of(captured, model, self.state, number)
             sites = planned.reports
+            refusal = split_request(self.state.sites, sites, self.state.requests)
+            if refusal is not None:
+                return _refusing(refusal)
             run = self._run(gm, captured, planned, model)
             self.state.notes.extend(captured.notes)
             self.state.sites.extend(sites)
@@ -362,6 +365,15 @@ class _Backend:
             return run
         form = watched(captured, planned, target, model)
         return lambda *args: watcher(form, args)
+
+
+def _refusing(message: str) -> Callable[..., Any]:
+    """What runs in the place of a graph that does not fit the others of its model."""
+
+    def refuse(*args: Any) -> Any:
+        raise PassError(message)
+
+    return refuse
 
 
 def rewrite_graph(

@@ -68,6 +68,12 @@ class Spec:
         """Names of tensors that are used as they are, not read by a formula."""
         return () if self.patch is None else (self.patch.tensor,)
 
+    @property
+    def kept(self) -> tuple[Any, ...]:
+        """What has to be the same in two calls, so that what one leaves beside a KV cache serves
+        the other: prompts and single tokens have specs that place their queries differently."""
+        return (self.family,)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `rewriter.families.from_dict` is the inverse."""
         raise NotImplementedError
@@ -185,6 +191,10 @@ class SoftmaxSpec(Spec):
     def whole(self) -> tuple[str, ...]:
         local = () if self.local is None else (self.local.weight, self.local.bias)
         return (*super().whole, *local)
+
+    @property
+    def kept(self) -> tuple[Any, ...]:
+        return (self.family, None if self.route is None else self.route.block)
 
     @property
     def is_plain_score(self) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import rewriter
 from rewriter import symbols as sym
 from rewriter.additions import given_to
-from rewriter.errors import CheckpointError, InputError, PlanError
+from rewriter.beside import Beside
+from rewriter.errors import CheckpointError, Declined, InputError, PassError, PlanError
 from rewriter.passbase import Pass
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, TensorArg
@@ -270,8 +271,8 @@ def test_labels_have_to_be_given_and_to_fit() -> None:
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
-        (torch.zeros(2, 3, dtype=torch.long), "no token is labelled as an image"),
-        (torch.full((1, 3), 2), "got \\[2\\]"),
+        (torch.zeros(2, 3, dtype=torch.long), "no group and no image span is named"),
+        (torch.full((1, 3), -2), "got -2"),
         (torch.ones(3, dtype=torch.long), "got torch.int64 of shape \\(3,\\)"),
         (torch.ones(1, 3), "got torch.float32"),
         ([1, 2], "got list"),
@@ -284,11 +285,58 @@ def test_labels_that_mean_nothing_are_refused(labels: Any, text: str) -> None:
 
 def test_spans_have_to_lie_inside_the_prompt() -> None:
     assert rewriter.label_spans([(1, 3)], length=4).tolist() == [[0, 1, 1, 0]]
+    assert rewriter.label_spans([(0, 1)], length=2, label=3).tolist() == [[3, 0]]
+    with pytest.raises(InputError, match="1 or more, got 0"):
+        rewriter.label_spans([(0, 1)], length=2, label=0)
     with pytest.raises(InputError, match="no image span"):
         rewriter.label_spans([], length=4)
     for span in ((2, 5), (3, 3), (-1, 2)):
         with pytest.raises(InputError, match="not inside a prompt of 4 tokens"):
             rewriter.label_spans([span], length=4)
+
+
+@dataclass(frozen=True)
+class PromptsOnly(Pass):
+    """Takes a prompt, and declines the single tokens after it."""
+
+    name = "test.prompts_only"
+    contract = "limit"
+    stage = "heads"
+    identity = "test.prompts_only"
+
+    def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+        if site.q_len == 1:
+            raise Declined("one token is too short for it")
+        return replace(spec, heads=Integer(2))
+
+
+def test_a_pass_that_takes_the_prompt_and_declines_single_tokens_is_refused() -> None:
+    model = decoder()
+    rewriter.optimize(model, PromptsOnly())
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        with pytest.raises(PassError, match="graph 1 it cannot be: one token is too short"):
+            model.generate(TOKENS, max_new_tokens=3, do_sample=False)
+        assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_the_state_that_a_prompt_leaves_serves_the_first_token_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recall, found = Beside.recall, []
+
+    def recalled(self: Beside) -> Any:
+        found.append(recall(self))
+        return found[-1]
+
+    model = decoder()
+    rewriter.optimize(model, "linear.features(map=elu)")
+    with torch.no_grad():
+        cache = model(TOKENS, use_cache=True).past_key_values
+        monkeypatch.setattr(Beside, "recall", recalled)
+        model(TOKENS[:, :1], past_key_values=cache)
+    assert len(found) == 2
+    assert all(x is not None for x in found)
 
 
 def test_head_outputs_are_those_of_every_site() -> None:
