@@ -88,7 +88,7 @@ BIASES: dict[str, Bias] = {
     "number alibi": lambda r, n: Float(2.0) ** (-h - 1) * (k - q),
     "table": lambda r, n: r("table", Minimum(Maximum(k - q, -15), 15) + 15, h),
     "table from the end": lambda r, n: r("wrapped", Minimum(Maximum(k - q, -4), 4), h),
-    "two tables": lambda r, n: r("rows", IDiv(q, n), h) + r("columns", IMod(k, n), h),
+    "two tables": lambda r, n: r("row_table", IDiv(q, n), h) + r("column_table", IMod(k, n), h),
     "bias of the key": lambda r, n: r("keys", b, k),
     "bias of the row": lambda r, n: r("queries", b, h, q),
     "whole bias": lambda r, n: r("bias", 0, h, q, k),
