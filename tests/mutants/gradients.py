@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mutants.catalogue import Mutant
 from mutants.toy import lowering_of
-from rewriter import lowering
 from rewriter.evaluate import evaluate, index_values
 from rewriter.kernels import torch_backward
 from rewriter.kernels.torch_blocked import Call
@@ -395,9 +394,14 @@ def ours_without_heads(self: Any, grad: Tensor, dropped: Tensor) -> Tensor:
     return grad
 
 
-@patch(lowering, "backward", "ours: other weights dropped in the backward", expected="dropout")
+_backward = torch_backward.backward
+
+
+@patch(
+    torch_backward, "backward", "ours: other weights dropped in the backward", expected="dropout"
+)
 def ours_with_other_dropout(*args: Any, seed: int | None = None) -> Any:
-    return torch_backward.backward(*args, seed=None if seed is None else seed + 1)
+    return _backward(*args, seed=None if seed is None else seed + 1)
 
 
 # --- patches of our own forward -------------------------------------------------------------------

@@ -24,6 +24,7 @@ import rewriter
 from rewriter import decide, lowering, op
 from rewriter import symbols as sym
 from rewriter.errors import InputError
+from rewriter.kernels import torch_backward
 from rewriter.passbase import Pass, Request, Selector, option
 from rewriter.report import SiteReport
 from rewriter.sites import Site
@@ -154,7 +155,7 @@ def sink_twice(forward: Forward) -> Forward:
 
 @contextlib.contextmanager
 def without_gradient_of_a_bias() -> Iterator[None]:
-    right = lowering.backward
+    right = torch_backward.backward
 
     def wrong(*args: Any, **options: Any) -> list[Tensor | None]:
         found = right(*args, **options)
@@ -165,7 +166,7 @@ def without_gradient_of_a_bias() -> Iterator[None]:
         ]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "backward", wrong)
+        patch.setattr(torch_backward, "backward", wrong)
         yield
 
 
