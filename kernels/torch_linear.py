@@ -24,7 +24,7 @@ from rewriter.spec import Spec
 if TYPE_CHECKING:
     from rewriter.lowering import Shapes
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "keep", "supports"]
 
 
 def supports(spec: Spec, shapes: Shapes) -> str | None:
@@ -72,7 +72,7 @@ def forward(
         if rows is not None:
             out[:, :, step.q0 : step.q1] = rows
     if beside is not None and call.takes_all:
-        beside.keep(_Kept(call.kv_len, state, *_marks(call, vectors)))
+        keep(beside, call, state)
     return out
 
 
@@ -88,6 +88,13 @@ class _Kept:
     seen: Tensor | None
     key_weight: Tensor | None
     decay: Tensor | None
+
+
+def keep(beside: Beside, call: Call, state: Tensor | None) -> None:
+    """Leaves the state of all keys of a call, `[B, Hkv, 1 or G, P, Dv]`, with a column more for the
+    sum of the weights where they are divided by it; whoever computed it."""
+    marks = _marks(call, call.vectors(call.named))
+    beside.keep(_Kept(call.kv_len, state, *marks))
 
 
 def _marks(call: Call, vectors: Vectors) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -125,6 +125,8 @@ def _header(kernel: KernelSpec) -> str:
     if not kernel.spec.is_unmasked:
         rows = {"zero": "0", "nan": "NaN"}.get(kernel.spec.masked, "the mean of v over all keys")
         lines.append(f"A row that sees no key gives {rows}.")
+    if kernel.spec.edit is not None:
+        lines.append("A group g of keys has m_g of its row's weight, before factors multiply it.")
     if kernel.lse:
         lines.append("lse [B, H, L]: natural logarithm of the denominators, float32.")
     for table in kernel.lowered[1]:

@@ -84,8 +84,6 @@ def _spec_reason(
 ) -> str | None:
     if spec.dropout:
         return "the kernels have no dropout"
-    if spec.edit is not None:
-        return "the kernels do not edit weights by groups of keys"
     for tensor in spec.tensors:
         if tensor.dtype not in _READABLE:
             return f"{tensor.name} is {tensor.dtype}, which the kernels do not read"

@@ -22,6 +22,7 @@ Place = Literal["tile", "row"]
 
 _NAMES = {
     **{name: name for name in "BHLM"},
+    **{str(m): f"b_{m}" for m in sym.masses},
     "b": "i_b",
     "h": "i_h",
     "k": "o_k[None, :]",
@@ -47,6 +48,9 @@ _TAKEN = (
     "first",
     "low",
     "high",
+    "group",
+    "f",
+    *(f"{letter}{number}" for letter in "aflmop" for number in range(len(sym.masses))),
 )
 """What the kernel itself writes behind `b_` and `n_`."""
 

@@ -18,6 +18,7 @@ from rewriter.errors import LoweringError
 from rewriter.kernels.triton_code import is_number
 from rewriter.kernels.triton_loads import Loads, identifiers
 from rewriter.kernels.triton_ranges import KeyRange, key_ranges
+from rewriter.kernels.triton_sums import RAISE, EditedSums, Sums
 from rewriter.symbols import formula_text
 
 if TYPE_CHECKING:
@@ -56,12 +57,18 @@ class Skeleton:
         self.base2 = not floats and _is_small(self.spec.score)
         self.ieee = ', input_precision="ieee"' if kernel.dtype == "float32" else ""
         self.block_d, self.block_e = _padded(kernel.head_dim), _padded(kernel.value_dim)
+        edit = self.spec.edit
+        self.sums = (
+            Sums(self.ieee)
+            if edit is None
+            else EditedSums(edit, kernel.dtype, self.loads, self.ieee)
+        )
         self.m_d = " & m_d[None, :]" if self.block_d != kernel.head_dim else ""
         self.m_e = " & m_e[None, :]" if self.block_e != kernel.value_dim else ""
 
     def constants(self, body: list[str]) -> list[str]:
         """Module constants that the lines of the body use."""
-        known = {"LOG2E": _LOG2E, "MIN": _FLOAT_MIN}
+        known = {"LOG2E": _LOG2E, "MIN": _FLOAT_MIN, "RAISE": RAISE}
         used = [name for name in known if any(name in line for line in body)]
         return [f"{name} = tl.constexpr({known[name]})" for name in used]
 
@@ -117,7 +124,7 @@ class Skeleton:
             lines += ['b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)  # the sink']
         if self.counts_seen:
             lines.append("m_seen = tl.zeros([BQ], dtype=tl.int32)")
-        return [*lines, "# [BQ, BE]", "b_o = tl.zeros([BQ, BE], dtype=tl.float32)", ""]
+        return [*lines, *self.sums.state(), ""]
 
     def _loop(self) -> list[str]:
         """The head of the loop over keys."""
@@ -194,13 +201,15 @@ class Skeleton:
             *lines,
             f"b_r = {exp}(b_m - {pivot})",
             f"b_p = {exp}(b_s - {pivot}[:, None])",
-            "b_l = b_l * b_r + tl.sum(b_p, 1)",
+            *self.sums.weights(),
             "b_m = b_n",
-            "# [BK, BE]",
-            _load("v", "o_k", f"m_k[:, None]{self.m_e}"),
-            "# [BQ, BE]",
-            f"b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_r[:, None]{self.ieee})",
+            *self._values(),
+            *self.sums.products(),
         ]
+
+    def _values(self) -> list[str]:
+        """The values of one step."""
+        return ["# [BK, BE]", _load("v", "o_k", f"m_k[:, None]{self.m_e}")]
 
     def _end(self) -> list[str]:
         """Rows that saw nothing, the division, and the stores."""
@@ -210,7 +219,7 @@ class Skeleton:
         if self.masked == "zero":
             seen = "m_seen > 0" if self.counts_seen else 'b_m > float("-inf")'
             lines += [f"b_l = tl.where({seen}, b_l, 1.0)  # a row that sees no key gives 0"]
-        lines.append("b_o = b_o / b_l[:, None]")
+        lines += self.sums.end()
         if self.spec.heads != 1:
             lines.append(f"b_o = b_o * ({self.loads.text(self.spec.heads)})")
         return [
@@ -234,9 +243,14 @@ class Skeleton:
 
     def _mean(self) -> list[str]:
         """Rows without a visible key, whose keys the loop may have passed over."""
+        found = "m_empty = m_q & (b_m <= MIN)"
+        some = "if tl.max(m_empty.to(tl.int32), 0) > 0:"
+        if isinstance(self.sums, EditedSums):
+            alike = self.sums.alike(self._values())
+            return [found, f"{some}  # they weigh all keys alike", *_indented(alike)]
         return [
-            "m_empty = m_q & (b_m <= MIN)",
-            "if tl.max(m_empty.to(tl.int32), 0) > 0:  # they give the mean of v over all keys",
+            found,
+            f"{some}  # they give the mean of v over all keys",
             "    b_mean = tl.zeros([BE], dtype=tl.float32)",
             "    for i_k in range(0, M, BK):",
             "        o_k = i_k + tl.arange(0, BK)",

@@ -22,6 +22,7 @@ from rewriter import symbols as sym
 from rewriter.evaluate import evaluate
 from rewriter.kernels.triton_code import kind_of
 from rewriter.spec import SoftmaxSpec, TensorArg
+from rewriter.stages import Edit
 from rewriter.symbols import Formula, Read
 
 __all__ = ["Table", "filled", "tabulate"]
@@ -66,6 +67,9 @@ def tabulate(spec: SoftmaxSpec) -> tuple[SoftmaxSpec, tuple[Table, ...]]:
         "sink": None if spec.sink is None else visit(spec.sink),
         "heads": visit(spec.heads),
     }
+    if spec.edit is not None:
+        group, *factors = (visit(f) for f in spec.edit.formulas)
+        formulas["edit"] = Edit(group, tuple(factors))
     tables = tuple(found.values())
     arguments = tuple(TensorArg(t.name, "int32", 1) for t in tables)
     return replace(spec, tensors=(*spec.tensors, *arguments), **formulas), tables

@@ -10,6 +10,7 @@ from typing import Literal
 
 from rewriter import symbols as sym
 from rewriter.kernels.triton_codegen import Dtype, Tile
+from rewriter.kernels.triton_sums import sums_of_edit
 from rewriter.spec import SoftmaxSpec
 
 __all__ = ["tile_for"]
@@ -55,8 +56,19 @@ _HALF: dict[int, dict[int, dict[_Weight, Tile]]] = {
 """Compute capability (times ten) -> largest head dim -> weight of the formulas -> tile, for float16
 and bfloat16."""
 
+_EDITED: dict[int, dict[int, Tile]] = {
+    2: {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
+    3: {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 32, 8, 2)},
+    4: {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 32, 8, 2)},
+}
+"""Most sums of values that a row has -> largest head dim -> tile, for float16 and bfloat16 on every
+GPU, where weights are edited by groups of keys."""
+
 _FULL: dict[int, Tile] = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)}
 """The same for float32, whose products run without tensor cores."""
+
+_EDITED_FULL = {64: Tile(32, 16, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)}
+"""For several sums of values a row, in float32."""
 
 _FEW = 16
 """Up to so many queries, as in decoding, one tile holds all of them."""
@@ -65,6 +77,12 @@ _FEW_TILE = {
     "float16": Tile(16, 64, 4, 2),
     "bfloat16": Tile(16, 64, 4, 2),
 }
+_EDITED_FEW_TILE = {
+    "float32": Tile(16, 16, 8, 1),
+    "float16": Tile(16, 32, 8, 2),
+    "bfloat16": Tile(16, 32, 8, 2),
+}
+"""The same for several sums of values a row."""
 
 
 def tile_for(
@@ -80,13 +98,16 @@ def tile_for(
         q_len: L.
         capability: compute capability times ten, 80 for an A100, 90 for an H100.
     """
+    sums = 1 if spec.edit is None else len(sums_of_edit(spec.edit, dtype))
     if q_len <= _FEW:
-        return _FEW_TILE[dtype]
-    wide = max(head_dim, value_dim)
+        return (_FEW_TILE if sums == 1 else _EDITED_FEW_TILE)[dtype]
+    limit = min(x for x in _FULL if max(head_dim, value_dim) <= x)
     if dtype == "float32":
-        return _FULL[min(limit for limit in _FULL if wide <= limit)]
+        return (_FULL if sums == 1 else _EDITED_FULL)[limit]
+    if sums > 1:
+        return _EDITED[min(n for n in _EDITED if sums <= n)][limit]
     rows = _HALF[max((c for c in _HALF if c <= capability), default=min(_HALF))]
-    return rows[min(limit for limit in rows if wide <= limit)][_weight(spec)]
+    return rows[limit][_weight(spec)]
 
 
 def _weight(spec: SoftmaxSpec) -> _Weight:
@@ -94,4 +115,4 @@ def _weight(spec: SoftmaxSpec) -> _Weight:
     reads = sym.reads(spec.score) | sym.reads(spec.mask)
     if any(r.has(sym.q) and r.has(sym.k) for r in reads):
         return "heavy"
-    return "light" if spec.is_plain_score else "medium"
+    return "light" if spec.is_plain_score and spec.edit is None else "medium"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -116,21 +116,37 @@ def _of(
     return guard
 
 
-def _triton_supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
-    from rewriter.kernels import triton_launch
+def _triton(spec: Spec) -> Any:
+    """The module with the kernels of its family; imported where it is needed."""
+    from rewriter.kernels import triton_launch, triton_linear, triton_routed
 
+    found = {"softmax": triton_launch, "routed": triton_routed, "linear": triton_linear}
+    return found[families_of(spec)[0]]
+
+
+def _triton_supports(spec: Spec, shapes: Shapes) -> str | None:
     if shapes.device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return triton_launch.supports(spec, shapes)
+    return cast("str | None", _triton(spec).supports(spec, shapes))
 
 
-def _triton_forward(*args: Any) -> Tensor:
-    from rewriter.kernels import triton_launch
-
-    return triton_launch.forward(*args)
+def _triton_forward(spec: Spec, *args: Any) -> Tensor:
+    return cast(Tensor, _triton(spec).forward(spec, *args))
 
 
-TRITON = Lowering("triton", _of("softmax", supports=_triton_supports), _triton_forward)
+def _triton_cached(spec: Spec, *args: Any) -> Tensor:
+    if families_of(spec)[0] == "softmax":
+        *args, _ = args  # type: ignore[assignment]  # it keeps nothing beside the cache
+    return _triton_forward(spec, *args)
+
+
+TRITON = Lowering(
+    "triton",
+    _of("softmax", "routed", "linear", supports=_triton_supports),
+    _triton_forward,
+    cached=_triton_cached,
+    families=("softmax", "routed", "linear"),
+)
 SDPA = Lowering("torch.sdpa", _of("softmax", supports=sdpa_supports), sdpa_forward, records=True)
 COMPACT = Lowering(
     "torch.compact",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.spec import SoftmaxSpec, TensorArg
+from rewriter.stages import Edit
 from rewriter.symbols import (
     Fadd,
     Fdiv,
@@ -44,6 +45,80 @@ def _bucket(distance: sympy.Expr) -> sympy.Expr:
     size = sympy.Abs(distance)
     far = Trunc(Fmul(Fdiv(sympy.log(Fdiv(size, 8.0)), 2.772588722239781), 8.0)) + 8
     return Where(distance > 0, 16, 0) + Where(size < 8, size, Minimum(far, 15))
+
+
+M0, M1, M2, M3 = sym.masses
+LABEL = _read("label", b, k)
+LABELS = (TensorArg("label", "int64", 2),)
+SHARE = TensorArg("share", "float32", 1)
+FEW = sympy.Float(1e-12)
+KEPT, IMAGE = sympy.Float(0.4), M2 + M3
+SELECTED = (q + M - L >= 7) & (IMAGE >= 0.2) & (M3 >= 0.3 * IMAGE) & (M3 > FEW)
+"""Rows of which the last groups have enough, with margins that no rounding closes."""
+SEEN = sympy.Ne(_read("pad", b, k), 0)
+
+
+def _over(mass: sympy.Expr) -> sympy.Expr:
+    return 1 / Maximum(mass, FEW)
+
+
+REMOVE = (Where(M0 > FEW, _over(M0), 1), Where(M0 > FEW, 0, 1))
+REDIRECT = (sympy.Integer(1), sympy.Integer(0), 1 + M1 * _over(M2))
+VAR = (
+    sympy.Integer(1),
+    Where(SELECTED, KEPT, 1),
+    Where(SELECTED, KEPT, 1),
+    Where(SELECTED, 1 + (1 - KEPT) * (M1 + M2) * _over(M3), 1),
+)
+GIFT = (
+    _over(M0 + _read("share", h) * M1 + M2),
+    _read("share", h) * _over(M0 + _read("share", h) * M1 + M2),
+    _over(M0 + _read("share", h) * M1 + M2),
+)
+
+EDITS: dict[str, SoftmaxSpec] = {
+    # the rows of the table in the card of sinks: what a group loses, another one gets
+    "remove": SoftmaxSpec(scale=SCALE, mask=CAUSAL, edit=Edit(Where(k < 2, 1, 0), REMOVE)),
+    "redirect": SoftmaxSpec(
+        scale=SCALE, mask=CAUSAL & SEEN, masked="mean", edit=Edit(LABEL, REDIRECT),
+        tensors=(*LABELS, TensorArg("pad", "bool", 2)),
+    ),
+    "redistribute": SoftmaxSpec(scale=SCALE, mask=CAUSAL, edit=Edit(LABEL, VAR), tensors=LABELS),
+    "normalise": SoftmaxSpec(
+        scale=SCALE, mask=CAUSAL, edit=Edit(LABEL, GIFT), tensors=(*LABELS, SHARE)
+    ),
+    "four-sums": SoftmaxSpec(
+        scale=SCALE, score=5 * sympy.tanh(s / 5), mask=CAUSAL, masked="mean",
+        edit=Edit(LABEL, (1 - M1, 1 + M0, 1 - M3, 1 + M2)), tensors=LABELS,
+    ),
+    "remove-heavy": SoftmaxSpec(
+        scale=SCALE, score=s + Where(k < 1, 14, 0), mask=CAUSAL,
+        edit=Edit(Where(k < 1, 1, 0), REMOVE),
+    ),
+    # factors that are known before the loop
+    "shares": SoftmaxSpec(
+        scale=SCALE, mask=CAUSAL, masked="mean",
+        edit=Edit(LABEL, (sympy.Integer(1), sympy.Integer(0), _read("share", h), KEPT)),
+        tensors=(*LABELS, SHARE),
+    ),
+    "rows-of-a-head": SoftmaxSpec(
+        scale=SCALE, heads=_read("gate", b, h, q),
+        edit=Edit(Where(h > 0, 1, 0), (_read("gate", b, h, q), 1 / (M1 + 1))),
+        tensors=(TensorArg("gate", "float32", 3),),
+    ),
+    # all stages
+    "edit-everything": SoftmaxSpec(
+        scale=SCALE,
+        score=5 * sympy.tanh(s / 5) + _read("slope", h) * (k - q - M + L),
+        mask=CAUSAL & (q + M - L - k < 24) & SEEN,
+        sink=_read("sink", h),
+        edit=Edit(LABEL, VAR),
+        tensors=(
+            *LABELS, TensorArg("slope", "float32", 1), TensorArg("sink", "float32", 1),
+            TensorArg("pad", "bool", 2),
+        ),
+    ),
+}  # fmt: skip
 
 
 SPECS: dict[str, SoftmaxSpec] = {
@@ -147,11 +222,38 @@ SPECS: dict[str, SoftmaxSpec] = {
         score=s + sympy.Float(0.25) ** (h + 1) * _read("document", b, k),
         tensors=(TensorArg("document", "int64", 2),),
     ),
+    **EDITS,
     "rounding": SoftmaxSpec(
         score=s + Fadd(Fmul(0.25, _read("slope", h)), Fdiv(k - q, 64.0)),
         tensors=(TensorArg("slope", "float32", 1),),
     ),
 }
+
+
+def _merged(*names: str) -> SoftmaxSpec:
+    """All scores added up under all masks: one kernel that has the lines of several."""
+    specs = [SPECS[name] for name in names]
+    return SoftmaxSpec(
+        scale=SCALE,
+        score=s + sum((x.score - s for x in specs), sympy.Integer(0)),
+        mask=sympy.And(*(x.mask for x in specs)),
+        sink=next((x.sink for x in specs if x.sink is not None), None),
+        tensors=tuple(dict.fromkeys(t for x in specs for t in x.tensors)),
+        sizes=tuple(n for x in specs for n in x.sizes),
+    )
+
+
+MERGED = {
+    "all-scores": _merged(
+        "relative-bias", "counted-from-the-end", "buckets", "disentangled", "opaque-bias",
+        "clamped-twice-masked", "rounding", "powers",
+    ),
+    "all-masks": _merged(
+        "window-sinks", "two-sided-window", "padding", "documents", "chunks", "sizes",
+        "one-head-sees-all", "row-sink",
+    ),
+}  # fmt: skip
+"""What is compiled to find lines that only the interpreter takes."""
 
 
 def tensors_for(
@@ -177,6 +279,9 @@ def tensors_for(
         "products": normal(batch * heads, q_len, 31),
         "bias": normal(1, heads, q_len, kv_len),
         "document": (torch.arange(max(q_len, kv_len)) // 20).expand(batch, -1),
+        # of each sequence another one; 4 is no group
+        "label": (torch.arange(kv_len) + torch.arange(batch)[:, None]) % 5,
+        "share": uniform(heads),
         "start": torch.arange(batch) * 5,
         "pad": padding(batch, kv_len, "right"),
     }

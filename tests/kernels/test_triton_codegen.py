@@ -55,6 +55,7 @@ FILES = {
         ),
         head_dim=60,
     ),
+    "edit": kernel_of(SPECS["redistribute"]),
 }
 
 
@@ -69,6 +70,8 @@ def test_the_source_is_that_of_the_golden_file(name: str) -> None:
 def test_a_plain_spec_gives_a_plain_kernel() -> None:
     text = codegen(kernel_of(SPECS["plain"]))
     for absent in ("m_s", "b_z", "m_seen", "tl.where(b_", "lse", " t_", "size_", "@triton.jit\n"):
+        assert absent not in text
+    for absent in ("group", "b_l0", "b_p0", "b_o0", "RAISE"):
         assert absent not in text
     assert text.count("tl.dot") == 2
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from triton_worker import CASES, Case, collect
+from triton_worker import CASES, GRADIENTS, Case, collect
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("triton-interpreter")]
 
@@ -34,9 +34,21 @@ def test_the_logsumexp_is_that_of_the_reference(case: Case, results: dict[str, A
     assert results[case.name]["lse_error"] <= 1e-5
 
 
+@pytest.mark.parametrize("case", GRADIENTS, ids=lambda c: c.name)
+def test_gradients_behind_an_edit_are_those_of_the_reference(
+    case: Case, results: dict[str, Any]
+) -> None:
+    result = results[f"gradients-{case.name}"]
+    assert "failed" not in result, result["failed"]
+    assert {"q", "k", "v"} <= set(result)
+    for name, found in result.items():
+        assert found["size"] > 1e-2, name
+        assert found["error"] <= 1e-5 * found["size"], name
+
+
 def test_nan_rows_are_among_the_cases(results: dict[str, Any]) -> None:
     """The comparison of NaN with NaN above is not vacuous, and most cases have none."""
-    with_nans = [name for name, result in results.items() if result.get("nans", [0, 0])[1]]
+    with_nans = [case.name for case in CASES if results[case.name].get("nans", [0, 0])[1]]
     assert 3 <= len(with_nans) <= len(CASES) // 4
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sympy import Integer
 
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels import triton_launch
@@ -15,6 +16,7 @@ from rewriter.kernels.triton_codegen import KernelSpec, Tile, codegen
 from rewriter.kernels.triton_launch import forward, supports
 from rewriter.lowering import Shapes
 from rewriter.spec import SoftmaxSpec, TensorArg
+from rewriter.stages import Edit
 from rewriter.symbols import Trunc, k, q, s
 from triton_specs import SPECS
 
@@ -56,6 +58,10 @@ REFUSALS = [
     Refused(
         "x is float64, which the kernels do not read",
         SoftmaxSpec(tensors=(TensorArg("x", "float64", 1),)),
+    ),
+    Refused(
+        "the factor of a group depends on the key: k",
+        SoftmaxSpec(edit=Edit(Integer(0), (k,))),
     ),
     Refused(
         "a value is rounded to an integer that depends on more than q, k or k - q alone, "

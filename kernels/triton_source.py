@@ -1,0 +1,252 @@
+"""Generated Triton files that hold several kernels: imported, launched, compiled ahead of time.
+
+The softmax family has one kernel a file, and `triton_launch` for it; here are those whose work is
+cut into several kernels, or needs lists besides tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter import symbols as sym
+from rewriter.errors import LoweringError
+from rewriter.kernels.triton_aot import _ALIGNED, _POINTERS, Resources, _usage
+from rewriter.kernels.triton_cache import _cache_folder, _write_atomically
+from rewriter.kernels.triton_code import HELPERS
+from rewriter.kernels.triton_codegen import Argument, _harmless
+from rewriter.kernels.triton_loads import Loads, Place, identifiers
+from rewriter.spec import Spec
+from rewriter.symbols import Formula
+
+__all__ = ["Formulas", "Function", "Source", "compile_function", "function_text", "launch"]
+
+
+@dataclass(frozen=True)
+class Function:
+    """One kernel of a file."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+    constants: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generated file."""
+
+    stem: str
+    text: str
+    functions: tuple[Function, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    def function(self, name: str) -> Function:
+        return next(f for f in self.functions if f.name == name)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+class Formulas:
+    """Prints the formulas of one kernel, and knows what has to be handed over for them.
+
+    Attributes:
+        loads: the lines that load what the formulas read.
+    """
+
+    def __init__(self, spec: Spec, taken: Sequence[str] = ()) -> None:
+        """`taken`: what the kernel writes behind `b_` itself, besides what every kernel does."""
+        self.spec = spec
+        self.sizes = {n: f"n_{ident}" for n, ident in identifiers(spec.sizes).items()}
+        self.loads = Loads({t.name: t.dtype for t in spec.tensors}, self.sizes)
+        for name, ident in self.loads.idents.items():
+            if ident in taken:
+                self.loads.idents[name] = f"{ident}_"
+        self._printed: list[Formula] = []
+
+    def text(self, formula: Formula, place: Place = "tile") -> str:
+        """The formula as a Triton expression."""
+        self._printed.append(formula)
+        return self.loads.text(formula, place)
+
+    @property
+    def once(self) -> list[str]:
+        """The lines that stand before a loop over keys."""
+        return ["# what the formulas read", *self.loads.once, ""] if self.loads.once else []
+
+    def arguments(self, own: Sequence[Argument], numbers: str) -> tuple[Argument, ...]:
+        """The arguments of the kernel: its own tensors, those of the formulas, strides, sizes.
+
+        Args:
+            own: tensors and strides of the kernel itself.
+            numbers: the sizes that it uses itself, a letter each.
+        """
+        loads = self.loads
+        names = {r.tensor for f in self._printed for r in sym.reads(f)}
+        read = [(t, loads.idents[t.name]) for t in self.spec.tensors if t.name in names]
+        args = [a for a in own if a.kind == "tensor"]
+        args += [Argument(f"t_{ident}", "tensor", f"t:{t.name}") for t, ident in read]
+        args += [a for a in own if a.kind != "tensor"]
+        for t, ident in read:
+            used = [dim for dim in range(t.rank) if (t.name, dim) in loads.strides]
+            args += [Argument(f"stride_{ident}_{d}", "stride", f"t:{t.name}", d) for d in used]
+        for name, dim in loads.extents:
+            args.append(Argument(f"size_{loads.idents[name]}_{dim}", "extent", f"t:{name}", dim))
+        symbols = {str(x) for f in self._printed for x in f.free_symbols}
+        wanted = [n for n in "BHGLM" if n in numbers or n in symbols]
+        wanted += [n for n in numbers if n not in "BHGLM"]
+        args += [Argument(n, "size", n) for n in wanted]
+        return (*args, *(Argument(self.sizes[n], "size", n) for n in self.sizes if n in symbols))
+
+
+def function_text(function: Function, body: Sequence[str], *, helpers: Sequence[str] = ()) -> str:
+    """The definition of a kernel, with the helpers that it calls in front."""
+    changing = ", ".join(f'"{a.name}"' for a in function.arguments if a.kind in ("size", "extent"))
+    parameters = [f"{a.name}," for a in function.arguments]
+    parameters += [f"{name}: tl.constexpr = {value}," for name, value in function.constants]
+    lines = [
+        *(HELPERS[name] + "\n" for name in sorted(helpers)),
+        f"@triton.jit(do_not_specialize=[{changing}])",
+        f"def {function.name}(",
+        *(f"    {line}" for line in parameters),
+        "):",
+        *(f"    {line}".rstrip() for line in body),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def file_text(header: Sequence[str], constants: Sequence[str], kernels: Sequence[str]) -> str:
+    """The whole file: what it computes, imports, constants, kernels."""
+    imports = ["import triton", "import triton.language as tl"]
+    top = [*imports, "", *constants] if constants else imports
+    docstring = _harmless("\n".join(header))
+    return "\n".join([f'"""{docstring}\n"""\n', "\n".join(top) + "\n\n", "\n\n".join(kernels)])
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def imported(source: Source, folder: Path | None = None) -> Any:
+    """The file as a module, written to the cache folder; its attributes are Triton functions."""
+    folder = folder or _cache_folder()
+    path = folder / f"{source.stem}_{source.digest}.py"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != source.text:
+            _write_atomically(path, source.text)
+    except OSError as error:
+        raise LoweringError(
+            f"the kernel could not be written to {folder} ({error.strerror}); "
+            "set REWRITER_CACHE to a folder that can be written"
+        ) from error
+    found = importlib.util.spec_from_file_location(f"rewriter_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def launch(
+    source: Source,
+    name: str,
+    programs: int,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, int],
+) -> None:
+    """Runs one kernel of a file.
+
+    Args:
+        tensors: by `Argument.of`.
+        numbers: the sizes, by name.
+    """
+    function = source.function(name)
+    values = [_value(a, tensors, numbers) for a in function.arguments]
+    first = next(iter(tensors.values()))
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        getattr(imported(source), name)[(programs,)](
+            *values, num_warps=function.warps, num_stages=function.stages, enable_fp_fusion=True
+        )
+
+
+def _value(
+    argument: Argument, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]
+) -> Tensor | int:
+    match argument.kind:
+        case "tensor":
+            return tensors[argument.of]
+        case "stride":
+            return tensors[argument.of].stride(argument.dim)
+        case "extent":
+            return tensors[argument.of].shape[argument.dim]
+        case "size":
+            return numbers[argument.of]
+
+
+# --- compiling ahead of time ----------------------------------------------------------------------
+
+
+def compile_function(
+    source: Source,
+    name: str,
+    dtypes: Mapping[str, str],
+    capability: int,
+    folder: Path | None = None,
+) -> Resources:
+    """Compiles one kernel as a call with contiguous, aligned tensors would.
+
+    Args:
+        dtypes: of each tensor, by `Argument.of`; the last dimension of the tensors with four is
+            contiguous.
+        capability: compute capability times ten: 80, 90, ...
+
+    Raises:
+        LoweringError: if Triton is interpreting in this process.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise LoweringError(
+            "Triton interprets in this process (TRITON_INTERPRET=1) and cannot compile"
+        )
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = source.function(name)
+    kernel = getattr(imported(source, folder), name)
+    signature, constants, aligned = {}, {}, []
+    for i, a in enumerate(function.arguments):
+        signature[a.name] = _POINTERS[dtypes[a.of]] if a.kind == "tensor" else "i32"
+        if a.kind == "stride" and a.name.endswith(("_d", "_e")):
+            signature[a.name], constants[a.name] = "constexpr", 1
+        elif a.kind in ("tensor", "stride"):
+            aligned.append(i)
+    for constant, value in function.constants:
+        signature[constant], constants[constant] = "constexpr", value
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs={(i,): _ALIGNED for i in aligned}),
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": function.warps,
+            "num_stages": function.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    registers, stack = _usage(compiled.asm["cubin"])
+    return Resources(registers, stack, compiled.metadata.shared)
