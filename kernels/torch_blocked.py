@@ -23,6 +23,9 @@ from rewriter.errors import ShapeError
 from rewriter.kernels.block_bounds import Segments
 from rewriter.kernels.torch_block import Block, Value
 from rewriter.kernels.torch_edit import EditedBlock
+from rewriter.kernels.torch_edit_few import edited_at_few_keys
+from rewriter.kernels.torch_edit_fused import fused_edit_of
+from rewriter.kernels.torch_edit_spans import edited_in_spans
 from rewriter.kernels.torch_plan import Spans, Term, any_hidden, plan_of, queries_of
 from rewriter.spec import SoftmaxSpec
 
@@ -55,10 +58,16 @@ def blocked(
         sizes: the integers named by `spec.sizes`.
         seed: of the dropout; drawn from torch's default generator if it is not given.
     """
-    if not torch.is_grad_enabled():
-        return Call(spec, q, k, v, tensors, sizes, seed=seed).forward()
-    with torch.no_grad():
-        return Call(spec, q, k, v, tensors, sizes, seed=seed).forward()
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return blocked(spec, q, k, v, tensors, sizes, seed=seed)
+    fused = None if spec.edit is None else fused_edit_of(spec, q, k, v, tensors, sizes)
+    if fused is not None:
+        found = edited_at_few_keys(fused)
+        found = edited_in_spans(fused) if found is None else found
+        if found is not None:
+            return found
+    return Call(spec, q, k, v, tensors, sizes, seed=seed).forward()
 
 
 @dataclass

@@ -3,7 +3,7 @@
 A row has as many masses as there are groups, from one product of its weights with the one-hot of
 the groups. The factors of a row are then gathered by group and multiplied in place: a factor of 1
 leaves a row bit for bit as it was, and a factor that is infinite for a group without keys does no
-harm. The formulas are those of `seeds/attention-sinks-general.md`, part C.
+harm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from rewriter.kernels.torch_block import Block, Value
 from rewriter.kernels.torch_code import EditCode
 
-__all__ = ["EditedBlock"]
+__all__ = ["EditedBlock", "groups_of"]
 
 
 class EditedBlock:
@@ -32,7 +32,7 @@ class EditedBlock:
         share: what the keys together get beside a sink, `[B, H, rows, 1]`, if that is not in p.
         """
         self.code, self.x, self.count = code, x, len(code.factors)
-        groups = _groups(x, code.group(x), self.count)
+        groups = groups_of(x, code)
         self.keys = _concerned(groups, code.concerned)
         self.groups = groups[..., self.keys]
         self.masses: tuple[Tensor, ...] = ()
@@ -82,8 +82,10 @@ class EditedBlock:
         return (value if isinstance(value, Tensor) else self.x.value(value)).to(self.x.dtype)
 
 
-def _groups(x: Block, value: Value, count: int) -> Tensor:
-    """The group of each key, `[B or 1, H or 1, 1, K]`; `count` for a number that is no group."""
+def groups_of(x: Block, code: EditCode) -> Tensor:
+    """The group of each key of the block, `[B or 1, H or 1, 1, K]`; as many as there are groups for
+    a number that is none."""
+    value, count = code.group(x), len(code.factors)
     found = value if isinstance(value, Tensor) else x.value(value)
     outside = (found < 0) | (found >= count) | (found != found.to(torch.int64))
     found = found.to(torch.int64).masked_fill(outside, count)

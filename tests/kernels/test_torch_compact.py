@@ -5,6 +5,7 @@ Chunks are made small, so that a few rows are several of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from rewriter import lowering
 from rewriter import symbols as sym
-from rewriter.kernels import torch_compact
+from rewriter.kernels import torch_compact, torch_compact_causal, torch_compact_chunks
 from rewriter.kernels.torch_compact import compact_forward, compact_supports
+from rewriter.kernels.torch_compact_blocks import Chunked
+from rewriter.kernels.torch_compact_causal import causal, causal_offset_of
+from rewriter.kernels.torch_compact_rows import Packed
 from rewriter.lowering import Shapes
 from rewriter.reference import reference
 from rewriter.spec import SoftmaxSpec, TensorArg
@@ -36,8 +40,10 @@ GATES = ("half", "an empty head and a full one", "none", "all", "one row")
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_compact, "ROWS", 16)
-    monkeypatch.setattr(torch_compact, "SCORES", 2**12)
+    monkeypatch.setattr(torch_compact_chunks, "ROWS", 16)
+    monkeypatch.setattr(torch_compact_chunks, "SCORES", 2**12)
+    monkeypatch.setattr(torch_compact_causal, "BLOCK", 8)
+    monkeypatch.setattr(torch_compact_causal, "FEWEST_ROWS", 2)
 
 
 def gated(spec: SoftmaxSpec, active: int = 2) -> SoftmaxSpec:
@@ -130,18 +136,57 @@ def test_a_head_that_is_ablated_for_good_is_left_out() -> None:
     assert not out[:, 2].any()
 
 
-def test_work_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores that are computed, counted: half of the rows are off, and later keys are not seen."""
+def scores_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many scores are computed, in the buffer of the chunks and in the fused kernel."""
     counted = []
-    buffer = torch_compact._Call._buffer
+    buffer, fused = Chunked._buffer, torch_compact_causal.flash
 
-    def counting(self: torch_compact._Call, *shape: int) -> Tensor:
-        counted.append(shape[0] * shape[1] * shape[2])
+    def counting(self: Chunked, *shape: int) -> Tensor:
+        counted.append(math.prod(shape))
         return buffer(self, *shape)
 
-    monkeypatch.setattr(torch_compact._Call, "_buffer", counting)
-    compared(Case.of("causal", Dims(q_len=256, kv_len=256)))
-    assert sum(counted) < 0.5 * 0.65 * 2 * 4 * 256 * 256
+    def counting_too(q: Tensor, k: Tensor, v: Tensor, **more: object) -> tuple[Tensor, Tensor]:
+        counted.append(q.shape[1] * q.shape[2] * k.shape[2])
+        return fused(q, k, v, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Chunked, "_buffer", counting)
+    monkeypatch.setattr(torch_compact_causal, "flash", counting_too)
+    compared(case)
+    return sum(counted)
+
+
+@pytest.mark.parametrize("name", ["causal", "soft cap"])
+def test_work_is_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rows are off, and later keys are not seen."""
+    found = scores_of(Case.of(name, Dims(q_len=256, kv_len=256)), monkeypatch)
+    assert 0 < found < 0.5 * 0.65 * 2 * 4 * 256 * 256
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 3), (8, 8), (40, 17), (33, 70)])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_causal_mask_may_end_anywhere(lengths: tuple[int, int], offset: int) -> None:
+    q_len, kv_len = lengths
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, q_len, 6, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, kv_len, 6, dtype=torch.float64) for _ in range(2))
+    spec = gated(SoftmaxSpec(scale=sympy.Float(0.4), mask=sym.k <= sym.q + offset))
+    for kind in GATES:
+        on = gate(kind, 2, 4, q_len)
+        call = Packed(spec, q, k, v, [on], [])
+        assert causal_offset_of(call) == offset
+        out = causal(call, offset)
+        torch.testing.assert_close(out, reference(spec, q, k, v, [on]))
+        assert not out[on == 0].any()
+
+
+def test_a_mask_that_hides_all_keys_of_a_query_is_not_for_the_fused_kernel() -> None:
+    q = torch.randn(1, 4, 9, 6)
+    on = gate("half", 1, 4, 9).float()
+    spec = gated(SoftmaxSpec(mask=sym.k < sym.q))
+    assert causal_offset_of(Packed(spec, q, q, q, [on], [])) is None
+    torch.testing.assert_close(
+        compact_forward(spec, q, q, q, [on], []), reference(spec, q, q, q, [on])
+    )
 
 
 def test_gradients_are_those_of_the_dense_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +224,9 @@ CAPPED = SoftmaxSpec(score=5 * sympy.tanh(sym.s / 5), mask=CAUSAL, active=4)
         (CAPPED, replace(LONG, device="cuda"), "measured on CPUs only"),
         (CAPPED, replace(LONG, kv_heads=3), "not a multiple"),
         (CAPPED, replace(LONG, dtype=torch.int64), "not a floating dtype"),
-        (SoftmaxSpec(mask=CAUSAL, active=4), LONG, "one fused call for all heads"),
+        (SoftmaxSpec(mask=CAUSAL, active=5), LONG, "too many for packing to pay"),
+        (SoftmaxSpec(mask=CAUSAL, active=4), replace(LONG, grad=True), "the gradients of all"),
+        (SoftmaxSpec(mask=CAUSAL, active=4), replace(LONG, q_len=512, kv_len=512), "too few"),
         (SoftmaxSpec(active=4), replace(LONG, grad=True), "the gradients of all heads"),
     ],
 )
@@ -194,6 +241,7 @@ def test_it_refuses_what_does_not_pay_with_a_reason(
     [
         CAPPED,
         replace(CAPPED, masked="nan"),
+        SoftmaxSpec(mask=CAUSAL, active=4),
         SoftmaxSpec(active=4),
         SoftmaxSpec(mask=CAUSAL & (sym.q - sym.k < 64), active=2),
     ],

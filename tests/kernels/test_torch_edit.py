@@ -44,7 +44,7 @@ TABLE: dict[str, tuple[Expr, ...]] = {
     "redirect": (Integer(1), Integer(0), 1 + M1 * over(M2)),
     "gift": (over(Z), W * over(Z), over(Z)),
 }
-"""The grouped edits of `seeds/attention-sinks-general.md`, W a number that is learned."""
+"""Grouped edits that occur in papers on sinks, W a number that is learned."""
 TENSORS = (TensorArg("label", "int64", 2), TensorArg("w", "float32", 1))
 
 
