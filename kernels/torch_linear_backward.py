@@ -110,7 +110,7 @@ class _Run:
     ) -> Tensor | None:
         """Adds the gradients of one step; the gradient of the state before it."""
         call, block = self.call, self.call.block(step)
-        x = _fresh(self._parts(step, block, state))
+        x = _fresh(self._parts(step, block, state), self.vectors)
         with torch.enable_grad():
             out, after = advance(call, step, block, x)
         ends = [] if out is None else [(out, grad[:, :, step.q0 : step.q1].to(call.dtype))]
@@ -181,13 +181,14 @@ def _inside(spec: LinearSpec) -> tuple[str, ...]:
     return tuple(n for n in dict.fromkeys(found) if n in known)
 
 
-def _fresh(x: Parts) -> Parts:
-    """The same parts, each a leaf of its own."""
+def _fresh(x: Parts, whole: Mapping[str, Tensor]) -> Parts:
+    """The same parts, each a leaf of its own; vectors that want a gradient are those of `whole`."""
 
     def leaf(y: Tensor) -> Tensor:
         return y.detach().requires_grad_()
 
-    vectors = {n: y.detach().requires_grad_(y.requires_grad) for n, y in x.vectors.items()}
+    wanted = {n: y.requires_grad for n, y in whole.items()}
+    vectors = {n: y.detach().requires_grad_(wanted[n]) for n, y in x.vectors.items()}
     state = None if x.state is None else leaf(x.state)
     return replace(x, q=leaf(x.q), k=leaf(x.k), v=leaf(x.v), vectors=vectors, state=state)
 

@@ -177,7 +177,8 @@ class Operands:
         mask = None
         if hidden is not None:
             mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-        q, k, v = q[:, None], k[:, None], v[:, None]
+        # The kernel takes the last dimension as contiguous, whatever its stride.
+        q, k, v = (x[:, None] if x.stride(-1) == 1 else x[:, None].contiguous() for x in (q, k, v))
         mask = None if mask is None else mask[:, None]
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=1.0)

@@ -1,8 +1,7 @@
 """Attention sinks: keys that get much weight whatever the query asks for.
 
 Sources: StreamingLLM (arXiv 2309.17453), massive activations (arXiv 2402.17762), learned sinks and
-off-by-one softmax, visual attention redistribution (arXiv 2503.03321). What `remove` and `redirect`
-do is the table in part C of `seeds/attention-sinks-general.md`.
+off-by-one softmax, visual attention redistribution (arXiv 2503.03321).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from sympy.logic.boolalg import Boolean
 from rewriter import symbols as sym
 from rewriter.errors import Declined, PassError
 from rewriter.passbase import PATTERNS, Pass, option
+from rewriter.passes.sparse import hides_padding_alone
 from rewriter.spec import SoftmaxSpec, TensorArg, fresh_name
 from rewriter.stages import Edit, Parameter, Source
 from rewriter.symbols import Read, Where
@@ -97,12 +97,19 @@ class _OfGroup(Pass):
     def _group(self, spec: SoftmaxSpec, to: int | None = None) -> tuple[SoftmaxSpec, Expr]:
         """The spec with the labels, if they are read, and the group of key k: 1 for the chosen
         keys, 2 for other keys with the label `to`, else 0."""
-        label: Expr = Integer(0)
-        if self.label is not None or to is not None:
-            spec, label = with_labels(spec)
-        chosen = sym.k < self.first if self.first is not None else sympy.Eq(label, self.label)
+        spec, chosen, label = self._members(spec, labelled=to is not None)
         others = Integer(0) if to is None else where(sympy.Eq(label, to), Integer(2), 0)
         return spec, where(chosen, Integer(1), others)
+
+    def _members(
+        self, spec: SoftmaxSpec, *, labelled: bool = False
+    ) -> tuple[SoftmaxSpec, Boolean, Expr]:
+        """The spec with the labels, if they are read; whether key k is chosen; its label."""
+        label: Expr = Integer(0)
+        if self.label is not None or labelled:
+            spec, label = with_labels(spec)
+        chosen = sym.k < self.first if self.first is not None else sympy.Eq(label, self.label)
+        return spec, cast(Boolean, chosen), label
 
     def _chosen(self, weights: Tensor) -> Tensor:
         if self.first is None:
@@ -132,9 +139,11 @@ class RemoveSinks(_OfGroup):
         check_unedited(spec)
         if self.first == 0:
             return spec
-        m0, m1, *_ = sym.masses
+        if spec.sink is not None:  # which takes what is left of a row, so nothing is divided by 0
+            spec, chosen, _ = self._members(spec)
+            return replace(spec, mask=cast(Boolean, spec.mask & ~chosen))
+        rest = sym.masses[0]
         spec, group = self._group(spec)
-        rest = m0 if spec.sink is None else 1 - m1
         others = where(rest > LEAST, 1 / cast(Expr, sym.Maximum(rest, LEAST)), 1)
         return replace(spec, edit=Edit(group, (others, where(rest > LEAST, Integer(0), 1))))
 
@@ -199,9 +208,10 @@ class LearnedSinks(Pass):
     The parameter `[H]` starts at `initial` and is neither scaled nor masked. With `off_by_one` it
     is the number 0 and not trained: `exp(s) / (1 + sum exp(s))`. Sinks of the model are kept.
 
-    Contract: limit; a logit of minus infinity is the identity. Patterns: all four.
-    Declines when: the model has sinks; the number of heads is unknown; padding is hidden by finite
-    numbers, so that a query without a key is a mean of all values.
+    Contract: limit; a logit of minus infinity is the identity, but for padded queries that see no
+    key: they give 0 beside a sink, whatever hides the keys. Patterns: all four.
+    Declines when: the model has sinks; the number of heads is unknown; a query that is no padding
+    sees no key, and does not give 0.
     """
 
     name = "sinks.learned"
@@ -210,6 +220,7 @@ class LearnedSinks(Pass):
     identity = "sinks.learned(initial=-1000000000)"
     patterns = PATTERNS
     laws = tuple(x for x in (*_KEPT, "past") if x != "heads")
+    empty_rows = False
     examples = ("sinks.learned", "sinks.learned(initial=1.5)", "sinks.learned(off_by_one=True)")
     initial: float = option("the logit of every head before training", default=0.0)
     off_by_one: bool = option("the logit is the number 0", default=False)
@@ -222,12 +233,13 @@ class LearnedSinks(Pass):
     def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
         if spec.sink is not None:
             raise Declined("the model has sinks of its own, which are kept as they are")
-        padding = any(not term.has(sym.q) for term in sympy.And.make_args(spec.mask))
-        if spec.masked != "zero" and not spec.is_unmasked and padding:
+        if spec.masked != "zero" and not hides_padding_alone(site, spec):
             raise Declined(
-                "a query that sees no key would give 0 beside a sink, and here it does not "
-                f"({spec.masked}); hide padding with a boolean mask"
+                "a query that sees no key gives 0 beside a sink, and here it does not "
+                f"({spec.masked}), and the mask {sym.formula_text(spec.mask, spec.truths)} leaves "
+                "other queries than padding without a key; hide keys with a boolean mask"
             )
+        spec = replace(spec, masked="zero")
         if self.off_by_one:
             return replace(spec, sink=Integer(0))
         if not site.heads:

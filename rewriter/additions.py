@@ -21,6 +21,7 @@ from rewriter.stages import Parameter
 
 __all__ = [
     "NAME",
+    "Gift",
     "Given",
     "addition",
     "additions_of",
@@ -166,15 +167,31 @@ def restored_additions(
 # --- what the user gives at run time --------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class Gift:
+    """What one call of `rewriter.give` hands over."""
+
+    labels: Tensor | None = None
+    """int64 `[B, M]`: the group of each token of the prompt, 0 for none."""
+    patches: dict[str, Tensor] | None = None
+    """Head outputs `[B, H, L, Dv]` by the name of the site."""
+
+
 @dataclass
 class Given:
     """Tensors for one model that no graph computes, and the loss terms of its last call."""
 
-    labels: Tensor | None = None
-    """int64 `[B, M]`: the group of each token of the prompt, 0 for none."""
-    patches: dict[str, Tensor] = field(default_factory=dict)
-    """Head outputs `[B, H, L, Dv]` by the name of the site."""
+    gifts: list[Gift] = field(default_factory=list)
+    """The last one counts."""
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Tensor | None:
+        return next((x.labels for x in reversed(self.gifts) if x.labels is not None), None)
+
+    @property
+    def patches(self) -> dict[str, Tensor]:
+        return next((x.patches for x in reversed(self.gifts) if x.patches is not None), {})
 
 
 _GIVEN: weakref.WeakKeyDictionary[nn.Module, Given] = weakref.WeakKeyDictionary()

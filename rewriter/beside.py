@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-__all__ = ["Beside", "beside"]
+__all__ = ["SITE", "Beside", "beside"]
+
+SITE = "rewriter_site"
+"""Where the metadata of the op's node has the name of the site."""
 
 _KEPT: Any = WeakTensorKeyDictionary()
-"""For each tensor of keys: its version, and what is kept by name."""
+"""For each tensor of keys: its version, and what is kept by name, beside which values."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,35 @@ class Beside:
     """The keys after this call, as they go into the cache."""
     past: Tensor | None
     """The keys before this call, as they came out of the cache; None if there were none."""
+    full_values: Tensor | None = None
+    """As `full`, the values, where what is kept depends on them too."""
+    past_values: Tensor | None = None
 
     def recall(self) -> Any | None:
         """What was kept for exactly the keys before this call; None if nothing was."""
         if self.past is None or self.past not in _KEPT:
             return None
-        version, values = _KEPT[self.past]
-        return values.get(self.name) if version == self.past._version else None
+        version, kept = _KEPT[self.past]
+        if version != self.past._version or self.name not in kept:
+            return None
+        value, values, version = kept[self.name]
+        return value if _is_same(values, version, self.past_values) else None
 
     def keep(self, value: Any) -> None:
         """Keeps a value for the keys after this call."""
+        x = self.full_values
+        entry = (value, None, 0) if x is None else (value, cast(Any, TensorWeakRef)(x), x._version)
         if self.full in _KEPT and _KEPT[self.full][0] == self.full._version:
-            _KEPT[self.full][1][self.name] = value
+            _KEPT[self.full][1][self.name] = entry
         else:
-            _KEPT[self.full] = (self.full._version, {self.name: value})
+            _KEPT[self.full] = (self.full._version, {self.name: entry})
+
+
+def _is_same(kept: Any, version: int, x: Tensor | None) -> bool:
+    """x is the tensor that was there, and nothing was written into it since."""
+    if kept is None or x is None:
+        return kept is None and x is None
+    return kept() is x and x._version == version
 
 
 def beside(
@@ -54,6 +72,7 @@ def beside(
     past: Tensor | None,
     name: tuple[Any, ...],
     weights: Sequence[Tensor] = (),
+    values: tuple[Tensor, Tensor | None] | None = None,
 ) -> Beside | None:
     """The handle for one call of a site; None where nothing can be kept safely.
 
@@ -62,12 +81,14 @@ def beside(
         past: those before it, the very tensor that entered the graph; None if there was none.
         name: of the value.
         weights: parameters that it depends on; when one is written to, the value is forgotten.
+        values: as `full` and `past`, the values, for what depends on them too.
     """
     if torch.is_grad_enabled():
         return None
     past = None if past is None or not past.numel() else past
-    kept = (full, *weights) if past is None else (full, past, *weights)
-    if any(x.is_inference() for x in kept):  # their changes cannot be seen
+    full_values, past_values = values or (None, None)
+    read = (full, past, full_values, past_values, *weights)
+    if any(x is not None and x.is_inference() for x in read):  # their changes cannot be seen
         return None
     marks = tuple((x.data_ptr(), x._version) for x in weights)
-    return Beside((*name, *marks), full, past)
+    return Beside((*name, *marks), full, past, full_values, past_values)

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.additions import Given, given_to
+from rewriter.additions import Gift, given_to
 from rewriter.errors import InputError
 from rewriter.optimize import call_arguments, reinstalled
 from rewriter.watch import Watched
 
-__all__ = ["Gift", "give", "head_outputs", "label_spans"]
+__all__ = ["Handed", "give", "head_outputs", "label_spans"]
 
 
-@dataclass
-class Gift:
+@dataclass(frozen=True)
+class Handed:
     """What was given; as a context manager, it is taken back at the end."""
 
     model: nn.Module
-    before: Given
+    gift: Gift
 
-    def __enter__(self) -> Gift:
+    def __enter__(self) -> Handed:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.take_back()
 
     def take_back(self) -> None:
-        """The model has what it had before."""
-        now = given_to(self.model)
-        now.labels, now.patches = self.before.labels, self.before.patches
+        """The model has what others gave it before and since."""
+        given = given_to(self.model)
+        given.gifts = [x for x in given.gifts if x is not self.gift]
 
 
 def give(
@@ -41,7 +41,7 @@ def give(
     *,
     labels: Tensor | None = None,
     patches: Mapping[str, Tensor] | None = None,
-) -> Gift:
+) -> Handed:
     """Hands tensors to the passes of an optimized model, for the calls that follow.
 
         with rewriter.give(model, labels=rewriter.label_spans([(5, 581)], length=600)):
@@ -57,13 +57,11 @@ def give(
     Raises:
         InputError: labels of another shape or with other values, or without an image.
     """
-    given = given_to(model)
-    before = replace(given)
-    if labels is not None:
-        given.labels = _checked(labels)
-    if patches is not None:
-        given.patches = dict(patches)
-    return Gift(model, before)
+    gift = Gift(
+        None if labels is None else _checked(labels), None if patches is None else dict(patches)
+    )
+    given_to(model).gifts.append(gift)
+    return Handed(model, gift)
 
 
 def _checked(labels: Tensor) -> Tensor:

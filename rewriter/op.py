@@ -61,17 +61,17 @@ def attention(
 _LIBRARY: Any = cast(Any, torch.library.Library)("rewriter", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] tensors, SymInt[] sizes, str spec, str target"
 _LIBRARY.define(
-    f"attention({_INPUTS}, Tensor? full=None, Tensor? past=None, str site='') -> Tensor"
+    f"attention({_INPUTS}, Tensor[]? full=None, Tensor[]? past=None, str site='') -> Tensor"
 )
 _LIBRARY.define(f"attention_seeded({_INPUTS}, Tensor? seed) -> Tensor")
 _LIBRARY.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] tensors,"
     " SymInt[] sizes, str spec, Tensor? seed, bool[] wanted) -> Tensor[]"
 )
-"""`full` and `past` of `attention` are the keys as they go into the KV cache and as they came out
-of it; with the name of the site they find what `rewriter.beside` keeps. `attention_seeded` is what
-is recorded: the backward draws the same dropout from `seed`. `attention_backward` gives the wanted
-gradients of q, k, v and the tensors, in this order."""
+"""`full` and `past` of `attention` are the keys and values as they go into the KV cache and as they
+came out of it; with the name of the site they find what `rewriter.beside` keeps.
+`attention_seeded` is what is recorded: the backward draws the same dropout from `seed`.
+`attention_backward` gives the wanted gradients of q, k, v and the tensors, in this order."""
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], spec: Spec) -> None:
@@ -133,8 +133,8 @@ def _attention(
     sizes: Sequence[int],
     spec: str,
     target: str,
-    full: Tensor | None = None,
-    past: Tensor | None = None,
+    full: Sequence[Tensor] | None = None,
+    past: Sequence[Tensor] | None = None,
     site: str = "",
 ) -> Tensor:
     """The kernel of the op that is not recorded."""
@@ -149,9 +149,10 @@ def _attention(
     found = choice.lowering
     args = (choice.spec, q, k, v, read, sizes)
     memory = None
-    if found.cached is not None and full is not None:
+    if found.cached is not None and full and past:
         weights = [x for x, t in zip(read, core.tensors, strict=True) if t.name in core.whole]
-        memory = beside(full, past, (site, choice.spec.kept), weights)
+        name, values = (site, choice.spec.kept), (full[1], past[1])
+        memory = beside(full[0], past[0], name, weights, values)
     out = found.forward(*args) if memory is None else cast(Any, found.cached)(*args, memory)
     return out if core == whole else _finished(whole, core, out, v, tensors, sizes)
 
@@ -321,8 +322,8 @@ def _autograd(
     sizes: Sequence[int],
     spec: str,
     target: str,
-    full: Tensor | None = None,
-    past: Tensor | None = None,
+    full: Sequence[Tensor] | None = None,
+    past: Sequence[Tensor] | None = None,
     site: str = "",
 ) -> Tensor:
     """Records what is needed for a gradient, if one is wanted."""

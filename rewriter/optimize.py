@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from rewriter import lowering
-from rewriter.additions import additions_of, discard, given_to
+from rewriter.additions import additions_of, discard, given_to, without_additions
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of, split_request
@@ -71,10 +72,12 @@ def optimize(
         raise InputError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
     requests = read_requests(passes or DEFAULT)
     lowering.check_target(target)
-    state = State(requests, target)
     _check_layers(requests, model)
-    restore(model)
-    _install(model, state)
+    if requests == requests_of(model):
+        _uninstall(model)
+    else:
+        restore(model)
+    _install(model, State(requests, target))
     if inputs is not None:
         args, kwargs = call_arguments(inputs)
         with torch.no_grad():
@@ -119,6 +122,33 @@ def _install(model: nn.Module, state: State) -> None:
 
     _STATES[model] = state
     model._compiled_call_impl = call
+    model.__dict__["__deepcopy__"] = _Copier(alive)
+
+
+@dataclass(frozen=True)
+class _Copier:
+    """What `copy.deepcopy` finds on an optimized model: torch forgets how a module was compiled,
+    and a copy would be the original with parameters that nothing reads."""
+
+    model: weakref.ref[nn.Module]
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        model = cast(nn.Module, self.model())
+        state = _STATES[model]
+        own = model.__dict__.pop("__deepcopy__")
+        try:
+            twin = copy.deepcopy(model, memo)
+        finally:
+            model.__dict__["__deepcopy__"] = own
+        _install(twin, State(state.requests, state.target, only=state.only))
+        given_to(twin).gifts.extend(given_to(model).gifts)
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "an optimized model cannot be pickled: what it computes is compiled; use "
+            "rewriter.save(model, DIR), its state_dict(), or rewriter.restore(model) first"
+        )
 
 
 def _keep_image_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,6 +199,7 @@ def restore(model: nn.Module) -> nn.Module:
 def _uninstall(model: nn.Module) -> None:
     if _STATES.pop(model, None) is not None:
         model.__dict__.pop("_compiled_call_impl", None)
+        model.__dict__.pop("__deepcopy__", None)
 
 
 @contextmanager
@@ -208,6 +239,7 @@ def reinstalled(
             _STATES[model] = before[0]
         if before[1] is not None:
             model.__dict__["_compiled_call_impl"] = before[1]
+            model.__dict__["__deepcopy__"] = _Copier(weakref.ref(model))
 
 
 def requests_of(model: nn.Module) -> tuple[Request, ...]:
@@ -253,12 +285,13 @@ def inspect(model: nn.Module, inputs: Any = None, *passes: str | Pass | Request)
         return _nonempty(state, model)
     state = State(read_requests(passes or DEFAULT), "auto")
     _check_layers(state.requests, model)
-    _install(model, state)
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        restore(model)
+    with without_additions(model):
+        _install(model, state)
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+        finally:
+            restore(model)
     return _nonempty(state, model)
 
 
@@ -342,17 +375,24 @@ class _Backend:
             return run
         except InputError as error:
             self.state.failure = error
+            return cast(Callable[..., Any], gm)
         except CaptureError as error:
-            self.state.notes.append(f"graph {number} runs as it was: {error}")
+            why = str(error)
         except Exception as error:
-            self.state.notes.append(
-                f"graph {number} runs as it was, after an internal error: "
-                f"{type(error).__name__}: {error}"
-            )
+            why = f"an internal error: {type(error).__name__}: {error}"
             kept = {"decision": "kept", "lowering": "original", "reason": "an internal error"}
             self.state.sites.extend(
-                replace(s, **cast(Any, kept)) if s.decision == "rewritten" else s for s in sites
+                replace(s, passes=(), **cast(Any, kept)) if s.decision == "rewritten" else s
+                for s in sites
             )
+        meant = [r.text for r in self.state.requests if r.action.contract != "exact"]
+        if meant and _has_softmax(gm):
+            return _refusing(
+                f"graph {number} cannot be rewritten ({why}), and {', '.join(meant)} changes what "
+                "the model computes: as it is, this graph would be the original. Gradient "
+                "checkpointing has to be off; rewriter.restore(model) gives the original"
+            )
+        self.state.notes.append(f"graph {number} runs as it was: {why}")
         return cast(Callable[..., Any], gm)
 
     def _run(
@@ -365,6 +405,17 @@ class _Backend:
             return run
         form = watched(captured, planned, target, model)
         return lambda *args: watcher(form, args)
+
+
+def _has_softmax(gm: fx.GraphModule) -> bool:
+    """The graph, or one inside it, normalises something: it may hold attention."""
+    names = ("softmax", "scaled_dot_product", "flex_attention")
+    nodes = (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
+    return any(
+        any(name in str(getattr(n.target, "__name__", n.target)) for name in names)
+        for n in nodes
+        if n.op.startswith("call")
+    )
 
 
 def _refusing(message: str) -> Callable[..., Any]:

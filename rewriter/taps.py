@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import sympy
 import torch
@@ -21,6 +21,7 @@ from rewriter import symbols as sym
 from rewriter.capture import Captured
 from rewriter.frame import Lifted
 from rewriter.indices import Bounds, as_size
+from rewriter.operands import Operand
 from rewriter.reading import is_float, op_name, value_of
 
 __all__ = ["Link", "Tapped", "input_of", "link_of", "residual_of"]
@@ -176,14 +177,16 @@ def _layouts(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def link_of(lifted: Lifted) -> Link | None:
-    """Where the keys of the site come out of a KV cache with new ones behind them."""
-    assert lifted.k is not None
-    node = lifted.k.node
+def link_of(lifted: Lifted, operand: Literal["k", "v"] = "k") -> Link | None:
+    """Where the keys or values of the site come out of a KV cache with new ones behind them."""
+    node = cast(Operand, getattr(lifted, operand)).node
+    keys = cast(Bounds, lifted.bounds).sizes[sym.k]
     for _ in range(12):
         if op_name(node) == "aten.cat":
             parts = cast("list[fx.Node]", node.args[0])
-            return Link(node, parts[0]) if len(parts) == 2 else None
+            dim = cast(int, node.args[1]) if len(node.args) > 1 else 0
+            grows = as_size(value_of(node).shape[dim]) == keys  # not rotated and plain channels
+            return Link(node, parts[0]) if len(parts) == 2 and grows else None
         if node.op != "call_function" or len(node.all_input_nodes) != 1:
             return None
         node = node.all_input_nodes[0]

@@ -253,6 +253,29 @@ def test_a_cache_that_was_reordered_is_refused_by_name() -> None:
             model(TOKENS[:, :1], past_key_values=cache)
 
 
+def test_labels_of_a_later_turn_are_refused_and_not_ignored() -> None:
+    model = decoder()
+    rewriter.optimize(model, Halved())
+    with rewriter.give(model, labels=labels_of_image()), torch.no_grad():
+        cache = model(TOKENS, use_cache=True).past_key_values
+        later = rewriter.label_spans([(2, 5), (12, 13)], length=14)
+        with (
+            rewriter.give(model, labels=later),
+            pytest.raises(InputError, match="which had 11 tokens, and these name later ones"),
+        ):
+            model(TOKENS[:, :3], past_key_values=cache)
+
+
+def test_gifts_are_taken_back_in_any_order() -> None:
+    model = nn.Linear(1, 1)
+    first, second = (rewriter.give(model, labels=torch.full((1, 2), n)) for n in (1, 2))
+    first.take_back()
+    assert given_to(model).labels is not None
+    assert int(given_to(model).labels[0, 0]) == 2
+    second.take_back()
+    assert given_to(model).labels is None
+
+
 def test_labels_have_to_be_given_and_to_fit() -> None:
     model = decoder()
     rewriter.optimize(model, Halved())

@@ -21,6 +21,7 @@ from rewriter.kernels import torch_linear, torch_linear_call
 from rewriter.kernels.torch_linear_call import Call
 from rewriter.linear import Features, LinearSpec, Near
 from rewriter.lowering import Shapes
+from rewriter.op import attention
 from rewriter.reference import reference
 from rewriter.spec import TensorArg
 
@@ -448,6 +449,46 @@ def test_a_cache_that_was_written_to_is_read_again() -> None:
         new = torch.cat([full, k[:, :, 9:]], dim=2)
         got = torch_linear.forward(PLAIN, q[:, :, 9:], new, v, [], [], beside(new, full, ("s",)))
     same(got, reference(PLAIN, q[:, :, 9:], new, v))
+
+
+def test_values_that_were_written_to_are_read_again() -> None:
+    q, k, v = qkv(n=10)
+    keys, values = k[:, :, :9].clone(), v[:, :, :9].clone()
+    with torch.no_grad():
+        memory = beside(keys, None, ("s",), values=(values, None))
+        torch_linear.forward(PLAIN, q[:, :, :9], keys, values, [], [], memory)
+        known = beside(k, keys, ("s",), values=(v, values))
+        assert known is not None
+        assert known.recall() is not None
+        values *= -3.0
+        new = torch.cat([values, v[:, :, 9:]], dim=2)
+        memory = beside(k, keys, ("s",), values=(new, values))
+        got = torch_linear.forward(PLAIN, q[:, :, 9:], k, new, [], [], memory)
+    same(got, reference(PLAIN, q[:, :, 9:], k, new))
+
+
+def test_key_weights_under_padding_and_a_window_have_their_gradient() -> None:
+    weight = sym.Read(Symbol("weight"), sym.b, sym.k)
+    tensors = (TensorArg("pad", "bool", 2), TensorArg("weight", "float32", 2))
+    spec = LinearSpec(
+        q_map=Features("exp"),
+        k_map=Features("exp"),
+        position=sym.q,
+        seen=SEEN,
+        key_weight=weight,
+        norm="sum",
+        near=Near(5),
+        tensors=tensors,
+    )
+    q, k, v = qkv(n=37)
+    pad = (torch.arange(37) % 5 != 2).expand(q.shape[0], -1)
+    weights = torch.rand(q.shape[0], 37, dtype=q.dtype).requires_grad_()
+    grad = torch.randn(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    found = []
+    for target in ("reference", "torch.linear"):
+        out = attention(q, k, v, [pad, weights], [], spec, target)
+        found += torch.autograd.grad(out, weights, grad)
+    same(found[1], found[0])
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rewriter.beside import Beside
 from rewriter.kernels import torch_routed, torch_routed_work, torch_routing, torch_tiles
 from rewriter.kernels.torch_routed import backward, forward
 from rewriter.lowering import Shapes
+from rewriter.op import attention
 from rewriter.reference import reference
 from rewriter.spec import Masked, SoftmaxSpec, TensorArg
 from rewriter.stages import Edit, Route
@@ -452,3 +453,12 @@ def test_no_tensor_is_as_large_as_the_scores_of_a_head(spec: SoftmaxSpec, length
     assert found.largest < length**2 * 4 / 2
     found = peak_of(lambda: backward(spec, grad, q, k, v, (), (), wanted), q.device)
     assert found.largest < length**2 * 4 / 2
+
+
+def test_values_of_any_strides_are_read() -> None:
+    place = sym.q + sym.M - sym.L
+    spec = SoftmaxSpec(mask=sym.k <= place, route=Route("query", 2, 8, place))
+    q, k, v = (torch.randn(1, h, 40, 8, dtype=torch.float64) for h in (2, 1, 1))
+    v = v.mT.contiguous().mT
+    got = attention(q, k, v, [], [], spec, "torch.routed")
+    torch.testing.assert_close(got, reference(spec, q, k, v))

@@ -15,12 +15,14 @@ from torch import Tensor
 from rewriter.evaluate import evaluate, index_values
 from rewriter.kernels.torch_softmax import blocked_supports
 from rewriter.lowering import Lowering, Shapes
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
 
 __all__ = ["Toy", "lowering_of", "supports"]
 
 
-def supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
+def supports(spec: Spec, shapes: Shapes) -> str | None:
+    if not isinstance(spec, SoftmaxSpec) or spec.route is not None or spec.edit is not None:
+        return "it computes softmax attention to all keys, whose weights are not edited"
     return "it has no dropout" if spec.dropout else blocked_supports(spec, shapes)
 
 

@@ -19,7 +19,7 @@ from rewriter.op import attention
 from rewriter.passes.sinks import LearnedSinks, RedirectSinks, RemoveSinks, massive_dimensions
 from rewriter.reference import reference, reference_weights
 from rewriter.sites import Site
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.stages import Route
 from rewriter.symbols import Read
 
@@ -63,6 +63,15 @@ def test_removing_equals_hiding_the_keys_beside_a_learned_sink() -> None:
     got = reference(RemoveSinks(first=2).rewrite(SITE, before), q, k, v)
     want = reference(replace(before, mask=before.mask & (sym.k >= 2)), q, k, v)
     torch.testing.assert_close(got[:, :, 2:], want[:, :, 2:])
+
+
+def test_a_key_with_almost_all_the_weight_is_removed_without_cancellation() -> None:
+    q, k, v = operands()
+    k[:, :, 0] *= 40.0
+    spec = RemoveSinks(first=1).rewrite(SITE, replace(CAUSAL, sink=Float(0.5)))
+    gold = reference(spec, q.double(), k.double(), v.double())
+    got = attention(q.float(), k.float(), v.float(), [], [], spec)
+    torch.testing.assert_close(got[:, :, 1:].double(), gold[:, :, 1:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_that_sees_nothing_else_stays_as_it_was() -> None:
@@ -230,6 +239,39 @@ def test_a_logit_far_below_the_scores_is_the_identity() -> None:
     sigma = torch.full((4,), -1e9, dtype=torch.float64)
     want = attention(q, k, v, [], [], CAUSAL, "torch.blocked")
     assert torch.equal(attention(q, k, v, [sigma], [], spec, "torch.blocked"), want)
+
+
+def test_padding_hidden_by_finite_numbers_is_taken_and_its_rows_give_0() -> None:
+    """Rows that see a key are those of a boolean mask; of the rest, only padding may change."""
+    seen = sympy.Ne(Read(Symbol("pad"), sym.b, sym.k), 0)
+    padded = replace(
+        CAUSAL, mask=CAUSAL.mask & seen, tensors=(TensorArg("pad", "bool", 2),), masked="add"
+    )
+    q, k, v = operands()
+    pad_mask = torch.ones(2, 9, dtype=torch.bool)
+    pad_mask[1, :3] = False
+    spec = LearnedSinks(initial=-1e9).rewrite(SITE, padded)
+    sigma = torch.full((4,), -1e9, dtype=torch.float64)
+    got, before = (
+        reference(spec, q, k, v, [pad_mask, sigma]),
+        reference(padded, q, k, v, [pad_mask]),
+    )
+    there = pad_mask[:, None].expand(-1, 4, -1)
+    torch.testing.assert_close(got[there], before[there])
+    assert not got[~there].any()
+    assert before[~there].any()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [sym.k < sym.q, (sym.k <= sym.q) & (sym.k >= 2 * sym.q)],
+    ids=["only earlier keys", "far from the start none"],
+)
+def test_queries_that_are_no_padding_keep_what_they_give_without_a_key(mask: Any) -> None:
+    spec = replace(CAUSAL, mask=mask, masked="mean")
+    with pytest.raises(Declined, match="leaves other queries than padding without a key"):
+        LearnedSinks().rewrite(SITE, spec)
+    assert LearnedSinks().rewrite(SITE, replace(spec, masked="zero")).sink is not None
 
 
 def test_sinks_of_the_model_are_kept() -> None:
