@@ -10,24 +10,27 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
+from rewriter.beside import SITE
 from rewriter.families import from_json
-from rewriter.kernels.onnx_linear import linear_form
+from rewriter.kernels.onnx_linear import linear_form, stateful_form
 from rewriter.kernels.onnx_site import SiteWriter
 from rewriter.kernels.onnx_softmax import softmax_form
 from rewriter.kernels.onnx_stages import finished
+from rewriter.kernels.onnx_state import States, has_state, recent
 from rewriter.linear import LinearSpec
 from rewriter.spec import SoftmaxSpec, Spec
 
 __all__ = ["inline_attention"]
 
 
-def inline_attention(graph_module: GraphModule) -> int:
+def inline_attention(graph_module: GraphModule, states: States | None = None) -> int:
     """Replaces every attention op node by primitive ATen ops; returns how many there were.
 
     What is kept beside a KV cache in torch is computed from the keys: a file has no such memory.
 
     Args:
         graph_module: a graph whose nodes carry fake values in `meta["val"]`; changed in place.
+        states: if given, sites that have a state take it from here and leave the new one here.
 
     Raises:
         ExportError: if a spec drops weights, or has a formula that no ATen op computes.
@@ -40,7 +43,7 @@ def inline_attention(graph_module: GraphModule) -> int:
         spec = from_json(cast(str, node.args[5]))
         with graph.inserting_before(node):
             site = SiteWriter(graph, node, spec, written)
-            out = finished(site, spec, _product(site, spec))
+            out = finished(site, spec, _product(site, spec, states, node.meta.get(SITE, "")))
         node.replace_all_uses_with(out)
         graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -48,9 +51,14 @@ def inline_attention(graph_module: GraphModule) -> int:
     return len(found)
 
 
-def _product(site: SiteWriter, spec: Spec) -> Node:
+def _product(site: SiteWriter, spec: Spec, states: States | None, name: str) -> Node:
     """Weights times values, `[B, Hq, L, Dv]` in the dtype of v."""
     if isinstance(spec, LinearSpec):
+        if states is not None and name and has_state(site, spec):
+            new = recent(site, states)
+            out, state = stateful_form(new, spec, states.past.get(name))
+            states.hand_on(name, state)
+            return out
         return linear_form(site, spec)
     assert isinstance(spec, SoftmaxSpec)
     return softmax_form(site, spec)

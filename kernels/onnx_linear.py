@@ -1,9 +1,9 @@
-"""Linear attention in primitive ATen ops.
+"""Linear attention in primitive ATen ops, and in one operator of ONNX Runtime.
 
-Three forms, each with any lengths. Without positions: keys and values are summed first. Causal, the
-queries being the keys: by chunks, whose states a small matrix over chunks joins (Lightning
-Attention-2, arXiv 2401.04658; the states are not kept but computed at once). Otherwise: the weights
-`[B, Hq, L, M]` themselves.
+Four forms, each with any lengths. Without positions: keys and values are summed first. Causal, the
+queries being the keys: the operator, or in float64, which it does not take, by chunks, whose states
+a small matrix over chunks joins (Lightning Attention-2, arXiv 2401.04658; the states are not kept
+but computed at once). Otherwise: the weights `[B, Hq, L, M]` themselves.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch.fx import Node
 
 from rewriter import symbols as sym
 from rewriter.kernels.onnx_chunks import by_chunks
+from rewriter.kernels.onnx_operator import by_operator
 from rewriter.kernels.onnx_site import SiteWriter
 from rewriter.linear import EPS_RMS, EPS_SUM, POSITIVE, Features, LinearSpec, Near
 
-__all__ = ["linear_form"]
+__all__ = ["linear_form", "stateful_form"]
 
 aten = torch.ops.aten
 
@@ -31,20 +32,34 @@ def linear_form(site: SiteWriter, spec: LinearSpec) -> Node:
     """The attention before the factor of the heads and the patch, `[B, Hq, L, Dv]` in the dtype
     of v. Everything up to there is float32, or float64 if the operands are."""
     write = site.write
+    queries, keys, values = _operands(site, spec)
+    if spec.position is None:
+        out = _of_sums(site, spec, queries, keys, values)
+    elif spec.near is None and _queries_are_keys(site, spec):
+        out = _of_one_sequence(site, spec, queries, keys, values)
+    else:
+        out = site.grouped(_weights(site, spec, queries, keys), values)
+    return write.to(_normed(site, spec, out), site.dtype)
+
+
+def stateful_form(site: SiteWriter, spec: LinearSpec, past: Node | None) -> tuple[Node, Node]:
+    """The same where the keys are those of the queries alone, and what earlier ones add is a state;
+    and the state after the last key, `[B, H, P, Dv]` with one more column for a sum."""
+    queries, keys, values = _operands(site, spec)
+    out, state = by_operator(site, queries, *_gated(site, spec, keys, values), past)
+    return site.write.to(_normed(site, spec, out), site.dtype), state
+
+
+def _operands(site: SiteWriter, spec: LinearSpec) -> tuple[Node, Node, Node]:
+    """φ(q) with its weight, φ(k), and the values."""
     queries = _features(site, site.q, spec.q_map)
     if spec.query_weight != 1:
         queries = site.mul(queries, site.real(spec.query_weight))
     keys = _features(site, site.k, spec.k_map)
     values = site.wide(site.v)
     if spec.norm == "sum":  # one more column of ones is the sum of the weights
-        values = write(aten.constant_pad_nd.default, values, [0, 1], 1.0)
-    if spec.position is None:
-        out = _of_sums(site, spec, queries, keys, values)
-    elif spec.near is None and _queries_are_keys(site, spec):
-        out = _of_chunks(site, spec, queries, keys, values)
-    else:
-        out = site.grouped(_weights(site, spec, queries, keys), values)
-    return write.to(_normed(site, spec, out), site.dtype)
+        values = site.write(aten.constant_pad_nd.default, values, [0, 1], 1.0)
+    return queries, keys, values
 
 
 def _queries_are_keys(site: SiteWriter, spec: LinearSpec) -> bool:
@@ -146,7 +161,7 @@ def _weighted(site: SiteWriter, spec: LinearSpec, keys: Node, seen: Node | None)
     return keys if seen is None else site.where(site.of_rows(seen), keys, 0.0)
 
 
-# --- the three forms ------------------------------------------------------------------------------
+# --- the four forms ------------------------------------------------------------------------------
 
 
 def _of_sums(site: SiteWriter, spec: LinearSpec, queries: Node, keys: Node, values: Node) -> Node:
@@ -158,11 +173,29 @@ def _of_sums(site: SiteWriter, spec: LinearSpec, queries: Node, keys: Node, valu
     return site.grouped(queries, state)
 
 
-def _of_chunks(site: SiteWriter, spec: LinearSpec, queries: Node, keys: Node, values: Node) -> Node:
-    found = _keys(site, spec)
-    keys = site.repeated(_weighted(site, spec, keys, found.seen))
+def _of_one_sequence(
+    site: SiteWriter, spec: LinearSpec, queries: Node, keys: Node, values: Node
+) -> Node:
+    keys, values, seen, decay = _gated(site, spec, keys, values)
+    if site.write.value(queries).dtype == torch.float32:
+        return by_operator(site, queries, keys, values, seen, decay)[0]
+    keys, values = site.repeated(keys), site.repeated(values)
+    return by_chunks(site, queries, keys, values, seen, decay)
+
+
+def _gated(
+    site: SiteWriter, spec: LinearSpec, keys: Node, values: Node
+) -> tuple[Node, Node, Node | None, Node | None]:
+    """Keys with their weights and values, for each head that has a state of its own; which keys
+    take part; and the logarithm of the factor of each."""
+    seen = _keys(site, spec).seen
+    keys = _weighted(site, spec, keys, seen)
     decay = None if spec.decay == 0 else site.real(spec.decay)
-    return by_chunks(site, queries, keys, site.repeated(values), found.seen, decay)
+    if decay is not None and site.write.value(decay).ndim:
+        keys = site.repeated(keys)
+    if site.groups(keys) == 1:
+        values = site.repeated(values)
+    return keys, values, seen, decay
 
 
 def _weights(site: SiteWriter, spec: LinearSpec, queries: Node, keys: Node) -> Node:

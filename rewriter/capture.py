@@ -95,6 +95,9 @@ class Captured:
     """Tensors whose memory an operation of the graph still writes to: their value is not a
     formula."""
 
+    given: dict[str, fx.Node] = field(default_factory=dict)
+    """Inputs of an exported graph that hold what the user gives to passes: `labels`, and
+    `patches.<site>`."""
     without_grad: frozenset[fx.Node] = frozenset()
     """Nodes in a region that records no gradient, in a graph that does."""
     autocast: dict[fx.Node, torch.dtype] = field(default_factory=dict)

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from rewriter.capture import from_exported, uncompiled
 from rewriter.errors import ExportError, InputError, RewriterError
+from rewriter.export_given import GivenCall, given_nodes, without_unused
+from rewriter.export_state import (
+    StateCall,
+    check_in_pieces,
+    states_of,
+    without_caches,
+)
 from rewriter.kernels.onnx_attention import inline_attention
+from rewriter.kernels.onnx_state import States
 from rewriter.optimize import requests_of, rewrite_graph
 from rewriter.program import (
     Call,
@@ -94,6 +102,7 @@ def export_onnx(
     check_inputs: Sequence[Any] | None = None,
     overwrite: bool = False,
     tolerance: float | None = None,
+    state: bool = False,
 ) -> ExportReport:
     """Writes the model to an ONNX file that has run in ONNX Runtime and agreed with torch.
 
@@ -113,6 +122,10 @@ def export_onnx(
         overwrite: replace a file that exists.
         tolerance: largest difference from torch, as a part of the largest value of an output.
             Default 1e-4, in float16 2e-2.
+        state: the file hands the state of causal linear attention on, as input
+            `past_state.<site>` (0 before the first token) and output `present_state.<site>`, in the
+            place of cached keys and values. A model that numbers its tokens has to be told where
+            they stand: by a cache of other sites, an attention mask, or positions among the inputs.
 
     Raises:
         InputError: if the path exists or cannot be written to, or inputs do not fit the model.
@@ -122,8 +135,7 @@ def export_onnx(
     path = _checked_path(Path(path), overwrite)
     _check_dtypes(model)
     with inference(model):
-        call, *others = (Call(model, x) for x in (inputs, *(check_inputs or ())))
-        _check_alike(call, others)
+        call, others = _calls(model, inputs, check_inputs or (), state, dynamic)
         example = widened(call) if dynamic else call.tree.tensors
         program, outputs = program_of(call, example, dynamic)
         work = _Work(call, outputs, tolerance)
@@ -132,8 +144,8 @@ def export_onnx(
         if dynamic and check_inputs is None:
             more, broken = _trials(call, example, program)
             trials, notes = [*trials, *more], (*notes, *broken)
-        (sites, rewritten), kept = _rewrite(model, program)
-        onnx = _translate(program, call.tree, outputs, opset or OPSET)
+        written = _rewrite(call, program, outputs, state)
+        onnx = _translated(call, program, outputs, opset or OPSET, written.states)
         with _directory(path) as directory:
             file = directory / path.name
             _save(onnx, file)
@@ -145,34 +157,77 @@ def export_onnx(
         opset=int(onnx.model.opset_imports[""]),
         inputs={x.name: _dims(x) for x in onnx.model.graph.inputs},
         outputs={x.name: _dims(x) for x in onnx.model.graph.outputs},
-        sites=sites,
-        rewritten=rewritten,
+        sites=written.sites,
+        rewritten=written.changed,
         nodes=len(onnx.model.graph),
         bytes=size,
         checks=checks,
-        notes=(*notes, *kept),
+        notes=(*notes, *written.kept),
     )
 
 
-def _rewrite(model: nn.Module, program: Any) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Writes each attention in primitive operations, the passes of an optimized model applied.
+def _calls(
+    model: nn.Module, inputs: Any, check_inputs: Sequence[Any], state: bool, dynamic: bool
+) -> tuple[GivenCall, list[GivenCall]]:
+    """The call to export and those to compare at, with the states that they take."""
+    shapes: dict[str, Sequence[int]] = {}
+    if state:  # a first export says which there are
+        call = GivenCall(model, inputs)
+        example = widened(call) if dynamic else call.tree.tensors
+        program, outputs = program_of(call, example, dynamic)
+        found = _rewrite(call, program, outputs, state).states.present
+        shapes = {site: node.meta["val"].shape[1:] for site, node in found.items()}
+        if not shapes:
+            raise InputError(
+                "state=True, and no causal linear attention of this model has a state to hand on; "
+                "leave it out, or rewrite sites with such a pass"
+            )
+
+    def made(given: Any, like: GivenCall | None = None) -> GivenCall:
+        return StateCall(model, given, shapes, like) if state else GivenCall(model, given, like)
+
+    call = made(inputs)
+    others = [made(x, call) for x in check_inputs]
+    _check_alike(call, others)
+    return call, others
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was done to the attentions of a program."""
+
+    sites: int
+    """Those that are written in operations of ONNX."""
+    changed: int
+    """Those of them that compute something else than before."""
+    kept: tuple[str, ...]
+    """Why the others stay as they were."""
+    states: States
+
+
+def _rewrite(call: GivenCall, program: Any, outputs: Sequence[str], state: bool) -> _Written:
+    """Writes each attention in operations of ONNX, the passes of an optimized model applied.
 
     Sites that no pass selects get the exact form too: below opset 23 torch's own form of a boolean
     mask gives the mean of v where a query sees no key, and torch gives 0.
-
-    Returns:
-        How many attentions were written, how many of them compute something else than before, and
-        why the others stay as they were.
     """
-    requests = (*requests_of(model), *read_requests(["fuse(from_scores=0)"]))
+    requests = (*requests_of(call.model), *read_requests(["fuse(from_scores=0)"]))
+    captured = from_exported(program)
+    captured.given |= given_nodes(call, program)
     # the dense form takes every spec, whatever the kernels of this machine take
-    reports = rewrite_graph(from_exported(program), model, requests, "reference")
-    count = inline_attention(program.graph_module)
+    reports = rewrite_graph(captured, call.model, requests, "reference")
+    states = states_of(captured.given, program, outputs)
+    count = inline_attention(program.graph_module, states if state else None)
+    for node in program.graph.nodes:
+        value = getattr(program.graph_module, str(node.target), None)
+        if node.op == "get_attr" and isinstance(value, Tensor):  # of programs that passes add
+            program.constants[node.target] = value
+        if node.target is torch.ops.aten._is_all_true.default:  # has no ONNX form, and this has
+            node.target = torch.ops.aten.all.default
     changed = sum(r.after not in (None, r.site.spec) for r in reports)
     kept = [r for r in reports if r.decision == "kept"]
-    return (count, changed), tuple(
-        f"{r.site.name} is as torch exports it: {r.reason}" for r in kept
-    )
+    why = tuple(f"{r.site.name} is as torch exports it: {r.reason}" for r in kept)
+    return _Written(count, changed, why, states)
 
 
 # --- agreement ---
@@ -182,7 +237,7 @@ def _rewrite(model: nn.Module, program: Any) -> tuple[tuple[int, int], tuple[str
 class _Work:
     """What each check of a file needs."""
 
-    call: Call
+    call: GivenCall
     outputs: tuple[str, ...]
     tolerance: float | None
 
@@ -191,6 +246,9 @@ class _Work:
         shapes = {name: tuple(x.shape) for name, x in given.items()}
         where = _where(shapes)
         try:
+            if isinstance(self.call, StateCall):
+                rest = (self.outputs, file, tensors, self.tolerance, where)
+                return Check(shapes, check_in_pieces(self.call, *rest))
             expected = self.call(tensors)
         except RewriterError:
             raise
@@ -259,6 +317,16 @@ def _shape_text(dims: Sequence[int | str]) -> str:
 
 
 # --- the file ---
+
+
+def _translated(
+    call: GivenCall, program: Any, outputs: Sequence[str], opset: int, states: States
+) -> Any:
+    """The ONNX form of the program, with the inputs and outputs that are needed."""
+    onnx = _translate(program, call.tree, outputs, opset)
+    without_caches(call, program, states, onnx)
+    without_unused(call, onnx)
+    return onnx
 
 
 def _translate(program: Any, tree: Tree, outputs: Sequence[str], opset: int) -> Any:

@@ -12,6 +12,7 @@ import torch
 from sympy import Expr, Symbol
 from torch import fx, nn
 
+from rewriter.beside import SITE
 from rewriter.capture import Captured
 from rewriter.frame import Lifted
 from rewriter.indices import as_size
@@ -51,10 +52,14 @@ def insert(
     with captured.graph.inserting_before(replaced):
         q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
         args: tuple[Any, ...] = (q, k, v, tensors, sizes, spec.to_json(), target)
-        link = link_of(lifted) if _remembers(spec) and not captured.is_exported else None
-        if link is not None:
-            args = (*args, _current(link.full), _current(link.past), lifted.site.name)
+        if _remembers(spec) and not captured.is_exported:
+            links = link_of(lifted, "k"), link_of(lifted, "v")
+            if links[0] is not None and links[1] is not None:
+                full = [_current(x.full) for x in links if x is not None]
+                past = [_current(x.past) for x in links if x is not None]
+                args = (*args, full, past, lifted.site.name)
         node = maker.call(torch.ops.rewriter.attention.default, args)
+        node.meta[SITE] = lifted.site.name
         out = maker.shaped(node, lifted)
     out.meta |= {k: v for k, v in replaced.meta.items() if k != "val"}
     replaced.replace_all_uses_with(out)

@@ -25,6 +25,7 @@ __all__ = [
     "axis_names",
     "broken_guard",
     "inference",
+    "length_axis",
     "program_of",
     "quiet",
     "shapes_of",
@@ -43,6 +44,11 @@ class Call:
         named = dict(zip(names, args, strict=False)) | kwargs
         self.count = len(args)
         self.tree: Tree = flatten(named)
+        self.extra: dict[str, tuple[int, ...]] = {}
+        """Tensors behind those of the arguments, which the model does not take, and the axes of
+        each that may change."""
+        self.as_long: dict[str, int] = {}
+        """Those of them that are as long as the tokens of the call, along this axis."""
         if not self.tree.tensors:
             raise InputError("the inputs hold no tensor; give what one call of the model takes")
 
@@ -53,6 +59,14 @@ class Call:
         values = list(self.tree.build(tensors).items())
         args = [value for _, value in values[: self.count]]
         return flatten((forward or self.model)(*args, **dict(values[self.count :])))
+
+    def tokens(self, name: str, x: Tensor) -> int:
+        """The axis of tokens of a tensor, else 0."""
+        return (*self.extra[name], 0, 0)[1] if name in self.extra else length_axis(name, x)
+
+    def handed_on(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Further outputs of the graph, by name, which stand for what is yet to be written."""
+        return {}
 
     def outputs(self, tree: Tree) -> tuple[str, ...]:
         """Names for outputs: what continues an input `past...` is `present...`; all differ."""
@@ -105,7 +119,7 @@ def widened(call: Call) -> Sequence[Tensor]:
     tensors = call.tree.tensors
     rows = next((x.shape[0] for x in tensors if x.ndim), 0)
 
-    axes = [_length_axis(name, x) for name, x in zip(call.tree.names, tensors, strict=True)]
+    axes = [call.tokens(name, x) for name, x in zip(call.tree.names, tensors, strict=True)]
 
     def grown(batch: bool, lengths: bool) -> list[Tensor]:
         result = []
@@ -130,7 +144,7 @@ def widened(call: Call) -> Sequence[Tensor]:
     return tensors
 
 
-def _length_axis(name: str, x: Tensor) -> int:
+def length_axis(name: str, x: Tensor) -> int:
     """The axis of tokens, else 0: tokens [B, L], features [B, L, E], caches [B, H, L, D]."""
     if "." in name:
         return x.ndim - 2 if x.ndim > 2 else 0
@@ -147,16 +161,17 @@ def program_of(call: Call, example: Sequence[Tensor], dynamic: bool) -> tuple[An
 
     def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
         if dynamic:
-            _tie(call.tree, tensors, example)
+            _tie(call, tensors, example)
         tree = call(tensors, original)
-        outputs[:] = call.outputs(tree)
-        return tree.tensors
+        more = call.handed_on(tensors)
+        outputs[:] = [*call.outputs(tree), *more]
+        return (*tree.tensors, *more.values())
 
     names = [re.sub(r"\W", "_", n) for n in call.tree.names]
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature([inspect.Parameter(n, positional) for n in names])  # type: ignore[attr-defined]
     original = call.model.forward
-    shapes = tuple(map(_may_change, call.tree.names, example)) if dynamic else None
+    shapes = _may_change(call, example) if dynamic else None
     with _forward(call.model, forward), quiet():
         try:
             program = torch.export.export(
@@ -170,27 +185,34 @@ def program_of(call: Call, example: Sequence[Tensor], dynamic: bool) -> tuple[An
     return program, tuple(outputs)
 
 
-def _may_change(name: str, x: Tensor) -> dict[int, Any]:
+def _may_change(call: Call, example: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
     """The axes that torch may leave open: all, but of images and videos the batch alone.
 
     Sizes of images go through so much division that tracing them takes minutes.
     """
-    axes = range(1) if x.ndim > 3 and "." not in name else range(x.ndim)
-    return dict.fromkeys(axes, torch.export.Dim.AUTO)
+    found = []
+    for name, x in zip(call.tree.names, example, strict=True):
+        axes = range(1) if x.ndim > 3 and "." not in name else range(x.ndim)
+        found.append(dict.fromkeys(call.extra.get(name, axes), torch.export.Dim.AUTO))
+    return tuple(found)
 
 
-def _tie(tree: Tree, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> None:
+def _tie(call: Call, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> None:
     """Tells torch which sizes are one: rows, axes of one argument, and keys = past + new."""
     check: Any = torch._check
     first: dict[Any, Tensor] = {}
-    for root, x, given in zip(tree.roots, tensors, example, strict=True):
+    for root, x, given in zip(call.tree.roots, tensors, example, strict=True):
         for axis, size in enumerate(given.shape):
             key = ("rows", size) if axis == 0 else (root, x.ndim, axis, size)
             check(first.setdefault(key, x).shape[axis] == x.shape[axis])
     nested: list[tuple[Any, int]] = []
     plain: list[tuple[Any, int]] = []
-    for name, x, given in zip(tree.names, tensors, example, strict=True):
-        axis = _length_axis(name, given)
+    for name, x, given in zip(call.tree.names, tensors, example, strict=True):
+        if name in call.extra:
+            if name in call.as_long:
+                check(plain[0][0] == x.shape[call.as_long[name]])
+            continue
+        axis = length_axis(name, given)
         if axis:
             (nested if "." in name else plain).append((x.shape[axis], given.shape[axis]))
     for (past, past_size), (new, size), (keys, keys_size) in itertools.product(

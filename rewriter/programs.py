@@ -6,12 +6,15 @@ traced into the graph's own dialect, so that it can be written to a file.
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rewriter.additions import NAME, addition, additions_of, given_to
 from rewriter.beside import beside
@@ -52,7 +55,7 @@ class Programs:
         taps = [self._tap(tap) for tap in source.taps]
         parameters = [self._parameter(arg.name, wanted) for wanted in source.parameters]
         if self.captured.is_exported:
-            return self._traced(source, (*taps, *parameters))
+            return self._of_keys(source, self._traced(source, (*taps, *parameters)))
         if source.later is None:
             return self.call(self._program(arg.name, source), (*taps, *parameters))
         full, past = (
@@ -60,28 +63,59 @@ class Programs:
             if self.link is not None
             else (self.operands["k"], None)
         )
-        run = self._kept(arg.name, source)
+        run = self._kept(arg)
         return self.call(run, (full, past, self.operands["k"], *taps, *parameters))
+
+    def _of_keys(self, source: Source, value: fx.Node) -> fx.Node:
+        """In an exported graph: what the prompt decides, for all its keys."""
+        if source.later is None:
+            return value
+        keys = self.operands["k"]
+        if self.link is not None and statically_known_true(value_of(self.link.past).numel() != 0):
+            raise InputError(
+                f"{self.site}: what a pass says of cached keys is decided with the prompt, and a "
+                "file has no memory of it; export inputs without a cache"
+            )
+        more = value_of(keys).shape[2] - value_of(value).shape[1]
+        if statically_known_true(more == 0):
+            return value
+        sizes = (self.call(aten.sym_size.int, (x, d)) for x, d in ((keys, 2), (value, 1)))
+        missing = self.call(operator.sub, tuple(sizes))
+        return self.call(aten.constant_pad_nd.default, (value, [0, missing], source.later))
 
     # --- functions that run in the graph ----------------------------------------------------------
 
     def _program(self, name: str, source: Source) -> Callable[..., Tensor]:
-        options, model, term = dict(source.options), self.model, f"{self.site}.{name}"
+        options, alive, term = dict(source.options), weakref.ref(self.model), f"{self.site}.{name}"
 
         def program(*args: Tensor) -> Tensor:
-            if source.loss is not None and torch.is_grad_enabled() and model.training:
-                given_to(model).losses[term] = source.loss(*args, **options)
-            return source.compute(*args, **options)
+            model, device = cast(nn.Module, alive()), args[0].device.type
+            if torch.is_autocast_enabled(device):  # routers and gates decide in full precision
+                args = tuple(x.float() if x.is_floating_point() else x for x in args)
+            with torch.autocast(device, enabled=False):
+                if source.loss is not None and torch.is_grad_enabled() and model.training:
+                    given_to(model).losses[term] = source.loss(*args, **options)
+                return source.compute(*args, **options)
 
         return program
 
-    def _kept(self, name: str, source: Source) -> Callable[..., Tensor]:
+    def _kept(self, arg: TensorArg) -> Callable[..., Tensor]:
         """A program for keys, which runs with the prompt and is kept beside the cache."""
+        name, source, dtype = arg.name, cast(Source, arg.source), getattr(torch, arg.dtype)
         run, site, later = self._program(name, source), self.site, source.later
+        grows = self.link is not None
 
         def program(full: Tensor, past: Tensor | None, k: Tensor, *args: Tensor) -> Tensor:
             if _is_fake(full):
-                return run(*args).new_zeros((k.shape[0], k.shape[2]))
+                return k.new_zeros((k.shape[0], k.shape[2]), dtype=dtype)
+            taps = dict(zip(source.taps, args, strict=False))
+            if not grows and any(
+                taps[x].shape[1] < k.shape[2] for x in ("input", "residual") if x in taps
+            ):
+                raise InputError(
+                    f"{site}: {name} is decided for the tokens of a call, and this cache does not "
+                    "grow with them; use one that does, such as a dynamic cache"
+                )
             memory = beside(full, past, (site, name))
             before = past is not None and past.numel() > 0
             if before:
@@ -93,6 +127,12 @@ class Programs:
                         "since; run the prompt again with this model, with num_beams=1"
                     )
                 value = known
+                if "labels" in taps and bool(taps["labels"][:, known.shape[-1] :].any()):
+                    raise InputError(
+                        f"{site}: labels are read with the first call of a cache, which had "
+                        f"{known.shape[-1]} tokens, and these name later ones; run the whole "
+                        "prompt in one call"
+                    )
             else:
                 value = run(*args)
             more = k.shape[2] - value.shape[-1]
@@ -128,15 +168,25 @@ class Programs:
 
     def _given(self, tap: str) -> fx.Node:
         if self.captured.is_exported:
-            raise InputError(f"{self.site}: {tap} cannot be an input of an exported graph yet")
-        model, site = self.model, self.site
+            return self._input(tap)
+        alive, site = weakref.ref(self.model), self.site
 
         def given(k: Tensor, q: Tensor) -> Tensor:
+            model = cast(nn.Module, alive())
             if tap == "labels":
                 return _labels(given_to(model).labels, k, site)
             return _patch(given_to(model).patches.get(site), q, site)
 
         return self.call(given, (self.operands["k"], self.operands["q"]))
+
+    def _input(self, tap: str) -> fx.Node:
+        """The input of an exported graph that holds what the user gives."""
+        node = self.captured.given.get(tap if tap == "labels" else f"patches.{self.site}")
+        if node is not None:
+            return node
+        if tap == "labels":
+            raise InputError(_no_labels(self.site, "export"))
+        raise InputError(_no_patch(self.site, "export"))
 
     def _parameter(self, tensor: str, wanted: Parameter) -> fx.Node:
         like = value_of(self.operands["q"])
@@ -186,14 +236,25 @@ def _is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
+def _no_labels(site: str, what: str) -> str:
+    return (
+        f"{site}: which tokens are an image is not known; say it with "
+        f"rewriter.give(model, labels=...) before the {what}"
+    )
+
+
+def _no_patch(site: str, what: str) -> str:
+    return (
+        f"{site}: its head outputs of another run were not given; say them with rewriter.give("
+        f"model, patches=rewriter.head_outputs(model, other_inputs)) before the {what}"
+    )
+
+
 def _labels(labels: Tensor | None, k: Tensor, site: str) -> Tensor:
     if _is_fake(k):
         return k.new_zeros((k.shape[0], k.shape[2]), dtype=torch.int64)
     if labels is None:
-        raise InputError(
-            f"{site}: which tokens are an image is not known; say it with "
-            "rewriter.give(model, labels=...) before the call"
-        )
+        raise InputError(_no_labels(site, "call"))
     batch, keys = k.shape[0], k.shape[2]
     if labels.shape[0] not in (1, batch) or labels.shape[1] > keys:
         raise InputError(
@@ -207,10 +268,7 @@ def _patch(patch: Tensor | None, q: Tensor, site: str) -> Tensor:
     if _is_fake(q):
         return q.new_zeros(q.shape)
     if patch is None:
-        raise InputError(
-            f"{site}: its head outputs of another run were not given; say them with "
-            "rewriter.give(model, patches=rewriter.head_outputs(model, other_inputs))"
-        )
+        raise InputError(_no_patch(site, "call"))
     if patch.shape[:3] != q.shape[:3]:
         raise InputError(
             f"{site}: head outputs of shape {tuple(patch.shape)} were given for a call of "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class Exported:
 
     names: tuple[str, ...]
     session: Any
+    model: Any
 
     def __call__(self, x: Operands) -> dict[str, Tensor]:
         given = {"q": x.q, "k": x.k, "v": x.v}
@@ -115,4 +117,6 @@ def exported(
     session = onnxruntime.InferenceSession(
         file.getvalue(), chosen, providers=["CPUExecutionProvider"]
     )
-    return Exported(tuple(specs), session)
+    model = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(model, full_check=True)
+    return Exported(tuple(specs), session, model)

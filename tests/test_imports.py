@@ -78,7 +78,9 @@ DRAWING = {
     "checkpoint": "hub optimize plan",
     "runtime": "errors",
     "program": "optimize runtime trees",
-    "export": "program",
+    "export_given": "program",
+    "export_state": "export_given",
+    "export": "export_state",
     # proving
     "verify": "optimize",
     "testing": "export checkpoint giving verify",
