@@ -15,7 +15,8 @@
     └── NotEquivalent         verification failed; carries the report
 
 A site that stays as it was is not an exception: it is a line of the report. `Declined` carries its
-reason out of a pass and never reaches the user.
+reason out of a pass and never reaches the user. A pass that changes the function and is declined by
+every site is a `NotAppliedWarning`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "ExportError",
     "InputError",
     "LoweringError",
+    "NotAppliedWarning",
     "NotEquivalent",
     "PassError",
     "PlanError",
@@ -103,3 +105,7 @@ class NotEquivalent(RewriterError):
 class Declined(Exception):
     """Raised inside a pass: the pass does not apply to this site. The text is the reason that the
     report shows."""
+
+
+class NotAppliedWarning(UserWarning):
+    """A pass that was asked for by name changes nothing in this model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,13 @@ from rewriter.additions import additions_of, discard, given_to, without_addition
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of, split_request
-from rewriter.errors import CaptureError, InputError, PassError, SelectorError
+from rewriter.errors import (
+    CaptureError,
+    InputError,
+    NotAppliedWarning,
+    PassError,
+    SelectorError,
+)
 from rewriter.find import softmaxes
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
@@ -118,6 +125,8 @@ def _install(model: nn.Module, state: State) -> None:
             if not state.graphs:
                 state.notes.append("torch captured no graph, so the model runs as it was")
             _check_matched(state, module)
+            for message in _idle(state):
+                warnings.warn(message, NotAppliedWarning, stacklevel=2)
         return out
 
     _STATES[model] = state
@@ -342,6 +351,21 @@ def _check_matched(state: State, model: nn.Module) -> None:
     if messages:
         restore(model)
         raise SelectorError(messages[0])
+
+
+def _idle(state: State) -> list[str]:
+    """One sentence for each pass that changes the function and was declined by every site."""
+    sites = [s for s in state.sites if s.decision != "not attention"]
+    messages = []
+    for text in (r.text for r in state.requests if r.action.contract != "exact"):
+        if not sites or any(text in s.passes for s in sites):
+            continue
+        why = next((s.reason for s in sites if text in s.reason), sites[0].reason)
+        messages.append(
+            f"{text} was applied nowhere, and the model computes what it did before: "
+            f"{sites[0].site.name}: {why.removeprefix(f'{text}: ')}; print(rewriter.inspect(model))"
+        )
+    return messages
 
 
 # --- the backend ----------------------------------------------------------------------------------

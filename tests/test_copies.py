@@ -1,4 +1,4 @@
-"""An optimized model that is copied, pickled, optimized again, deleted, or cannot be captured."""
+"""An optimized model that is copied, pickled, optimized again, deleted, or not captured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import rewriter
-from rewriter.errors import InputError, PassError
+from rewriter.errors import InputError, NotAppliedWarning, PassError
 
 
 class Attention(nn.Module):
@@ -113,3 +113,10 @@ def test_a_graph_that_cannot_be_captured_is_refused_once_a_pass_changes_the_func
     rewriter.optimize(model)
     assert model(X).shape == X.shape
     assert any("runs as it was" in note for note in rewriter.report_of(model).notes)
+
+
+def test_a_pass_that_every_site_declines_is_a_warning() -> None:
+    model = rewriter.optimize(Model(), "heads.scale(heads=[7], by=0)")
+    with pytest.warns(NotAppliedWarning, match="applied nowhere.*this site has 2 heads"):
+        model(X)
+    model(X)
