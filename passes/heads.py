@@ -170,6 +170,7 @@ class HeadGate(Pass):
     identity = "heads.gate"
     patterns = PATTERNS
     laws = ("future", "values")
+    examples = ("heads.gate",)
 
     def rewrite(self, site: Site, spec: Spec) -> Any:
         heads = len(existing_heads(site, None))

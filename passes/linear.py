@@ -163,6 +163,7 @@ class Lightning(Pass):
     identity = ""
     patterns = PATTERNS
     laws = ("future", "past", "decode", "batch")
+    empty_rows = False
     examples = (
         "linear.lightning(rule=retnet)",
         "linear.lightning(rule=supra, map=identity, norm=none)",
@@ -218,6 +219,7 @@ class FeatureMaps(Pass):
     identity = ""
     patterns = PATTERNS
     laws = ("future", "past", "decode", "queries", "keys", "batch", "values")
+    empty_rows = False
     examples = (
         "linear.features(map=elu)",
         "linear.features(map=exp)",
@@ -244,11 +246,12 @@ class WindowTail(Pass):
     at first; scores are those of the model, with its scale, bias and cap. The maps of the linear
     weights are those of `linear.features`.
 
-    Contract: limit; `window >= M` is the identity, whatever the factor and the maps.
+    Contract: limit; `window >= M` is the identity, whatever the factor and the maps, but for
+    padded queries that see no key: they give 0, which other masks than boolean ones do not.
     Patterns: causal self.
     Declines when: the site has no causal mask, or is cross-attention; the mask hides more than
-    later keys and padding; a padded query, which sees no key, does not give 0; there is a sink, a
-    dropout, an edit or a route; the heads of the site are not known.
+    later keys and padding; there is a sink, a dropout, an edit or a route; the heads of the site
+    are not known.
     """
 
     name = "linear.window_tail"
@@ -257,6 +260,7 @@ class WindowTail(Pass):
     identity = "linear.window_tail(window=1000000000)"
     patterns = ("causal self",)
     laws = ("future", "past", "decode", "batch", "values")
+    empty_rows = False
     examples = (
         "linear.window_tail(window=4)",
         "linear.window_tail(window=2, map=elu)",
@@ -280,11 +284,6 @@ class WindowTail(Pass):
         plain = _plain(site, spec, scores=True)
         if not plain.is_causal:
             raise Declined("a linear tail needs a causal mask: older keys join a state")
-        if spec.masked != "zero" and plain.seen != sympy.true:
-            raise Declined(
-                "a query that sees no key gives 0 in linear attention, and here it does not "
-                f"({spec.masked}); hide padding with a boolean mask"
-            )
         mapped = _mapped(site, plain, cast(Map, self.map), self.width)
         theta, mapped = _parameter(mapped, "near", Parameter("theta", (site.heads,), FACTOR))
         factor = _sigmoid(sym.Read(sympy.Symbol(theta), sym.h))

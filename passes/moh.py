@@ -124,9 +124,14 @@ def _which(shared: int, routed: int) -> tuple[bool, bool, bool]:
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """1 for the `count` largest scores of the last dimension, else 0; ties to the lowest index."""
-    order = torch.sort(scores.detach(), dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(scores.detach()).scatter(-1, order[..., :count], 1.0)
+    """1 for the `count` largest scores of the last dimension, else 0; ties to the lowest index.
+
+    Each is compared with each, as there are few heads: a stable sort has no form in ONNX.
+    """
+    own, other = scores.detach()[..., :, None], scores.detach()[..., None, :]
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    ahead = (other > own) | ((other == own) & (index < index[:, None]))  # [..., E, E]
+    return (ahead.sum(-1) < count).to(scores.dtype)
 
 
 def _softmax(logits: Tensor, times: int, kept: Tensor | None = None) -> Tensor:

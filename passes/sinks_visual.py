@@ -50,9 +50,10 @@ def groups_of(x: Tensor, labels: Tensor, *, dims: tuple[int, ...], tau: float) -
 
     A sample without a visual sink has no groups: nothing is moved, text sinks or not.
     """
-    is_sink = sink_value(x, dims) > tau
-    found = torch.zeros_like(is_sink)
     length = min(labels.shape[1], x.shape[1])
+    place = torch.arange(x.shape[1], device=x.device)
+    is_sink = (sink_value(x, dims) > tau) & (place < length)  # generated tokens are never tested
+    found = torch.zeros_like(is_sink)
     found[:, :length] = labels[:, :length] == 1
     group = torch.where(found, VISUAL, OTHER)
     group = torch.where(is_sink, torch.where(found, VISUAL_SINK, TEXT_SINK), group)
@@ -92,7 +93,7 @@ class RedistributeVisual(Pass):
     name = "sinks.var"
     contract = "limit"
     stage = "edit"
-    identity = "sinks.var(dims=[0], keep_fraction=1)"
+    identity = "sinks.var(dims=[0], keep_fraction=1, first_layer=0, last_layer=True)"
     patterns = ("causal self",)
     laws = ("future", "values")
     examples = (
@@ -178,7 +179,7 @@ class RedistributeVisual(Pass):
         if site.is_cross:
             raise Declined("images and questions stand on one axis; this site is cross-attention")
         position, is_causal = query_position(spec)
-        if not is_causal:
+        if not is_causal and site.q_len != 1:  # a step of decoding needs no causal mask
             raise Declined("it is for causal self-attention, and this site is not causal")
         return position
 

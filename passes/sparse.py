@@ -38,6 +38,17 @@ def query_position(spec: SoftmaxSpec) -> tuple[Expr, bool]:
     return (found.pop(), True) if found else (sym.q + sym.M - sym.L, False)
 
 
+def hides_padding_alone(site: Site, spec: SoftmaxSpec) -> bool:
+    """A query that sees no key is padding itself: it sees its own key, unless that is hidden from
+    every query. Of cross-attention: all keys are hidden from it, as from every query."""
+    terms = [t for t in sympy.And.make_args(spec.mask) if t.has(sym.q)]
+    if site.is_cross:
+        return not terms
+    position, _ = query_position(spec)
+    behind = sympy.expand(position - sym.q).as_coeff_Add()[0] < 0  # the first query stands nowhere
+    return not behind and all(t.xreplace({sym.k: position}) == sympy.true for t in terms)
+
+
 @dataclass(frozen=True)
 class SlidingWindow(Pass):
     """Each query sees the last `window` keys, its own included, and the first `sinks` keys.

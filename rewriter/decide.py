@@ -3,6 +3,7 @@ who can run it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -241,8 +242,13 @@ def _decide(
     requests, shared = _selectable(state.requests, captured)
     if any(r.action.stage != "none" for r in requests):
         site = _surveyed(lifted, captured, model)
-    after, applied, refusals = apply(requests, site, spec, layer_count(model, site.path))
+    serves_several = _serves_several(site.path, captured, model)
+    asked = replace(site, layer=None) if serves_several else site
+    after, applied, refusals = apply(requests, asked, spec, layer_count(model, site.path))
     refusals = (*shared, *refusals)
+    if serves_several and any(t.source and t.source.parameters for t in after.tensors):
+        reason = "a graph break inside the layer: all layers would share the new parameters"
+        return SiteReport(site, 0, spec, "kept", "original", reason), None
     sizes = cast(Bounds, lifted.bounds).sizes
     if after != spec and sizes[sym.q] == sizes[sym.k]:
         after = on_one_axis(after) if isinstance(after, SoftmaxSpec) else after
@@ -267,7 +273,20 @@ def _decide(
     reason = "; ".join(x for x in (note, reason) if x)
     exact = all(r.action.contract == "exact" for r in requests if r.text in applied)
     work = Work(lifted, after, start, exact)
+    site = replace(site, notes=(*site.notes, *_empty_rows(spec, applied, requests)))
     return SiteReport(site, 0, after, "rewritten", name, reason, applied), work
+
+
+def _empty_rows(
+    spec: SoftmaxSpec, applied: Sequence[str], requests: Sequence[Request]
+) -> tuple[str, ...]:
+    """A note, where a pass changes what a query gives that sees no key."""
+    names = [r.action.name for r in requests if r.text in applied and not r.action.empty_rows]
+    hides_keys = any(not t.has(sym.q) for t in sympy.And.make_args(spec.mask))
+    if not names or spec.masked == "zero" or spec.is_unmasked or not hides_keys:
+        return ()
+    gave = "NaN" if spec.masked == "nan" else "the mean of all values"
+    return (f"a query that sees no key, which is padding, gave {gave} and gives 0 ({names[0]})",)
 
 
 def _surveyed(lifted: Lifted, captured: Captured, model: nn.Module) -> Site:
@@ -297,6 +316,17 @@ def _selectable(
     chosen = [r for r in requests if r.selector.layers is None and r.selector.path is None]
     reason = "a graph break splits the model, and layers that share a graph cannot be told apart"
     return chosen, tuple(f"{r.text}: {reason}" for r in requests if r not in chosen)
+
+
+def _serves_several(path: str, captured: Captured, model: nn.Module) -> bool:
+    """The graph may be called with the weights of several layers in turn: it starts below the
+    model and does not hold every layer of the list that the path goes through."""
+    stack = re.match(r"(.*?\b)\d+(?=\.|$)", path)
+    if captured.is_root or stack is None:
+        return False
+    origins = (text.partition(" ")[2] for _, text in captured.inputs.values())
+    held = {x.removeprefix(stack[1]).partition(".")[0] for x in origins if x.startswith(stack[1])}
+    return held != {str(n) for n in range(layer_count(model, path))}
 
 
 def _pays_from(requests: Sequence[Request], applied: Sequence[str]) -> int:

@@ -81,6 +81,9 @@ class Pass:
     laws: ClassVar[tuple[str, ...]] = ()
     """The laws of `rewriter.testing.laws` that still hold after it, where they held before. Empty:
     it does not say."""
+    empty_rows: ClassVar[bool] = True
+    """A query that sees no key gives afterwards what it gave before. False: it gives 0, as under a
+    boolean mask; the report says so where it gave something else."""
     examples: ClassVar[tuple[str, ...]] = ()
     """Requests that are not the identity, for a site of four heads. Empty: it does not say."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ __all__ = ["SmallAttention", "inputs_for", "model_rows"]
 
 
 class SmallAttention(nn.Module):
-    """Queries from `x`, keys and values from `x` or from `memory`; two query heads a key head."""
+    """Queries from `x`, keys and values from `x` or from `memory`; two query heads a key head; what
+    comes out is added to `x`."""
 
     heads, kv_heads, head_dim = 4, 2, 8
 
@@ -44,7 +46,7 @@ class SmallAttention(nn.Module):
             seen = torch.ones(q_len, kv_len, dtype=torch.bool, device=x.device).tril()
             scores = scores.masked_fill(~seen, float("-inf"))
         out = scores.softmax(-1) @ v
-        return self.o(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return x + cast(Tensor, self.o(out.transpose(1, 2).flatten(2)))
 
 
 def inputs_for(pattern: Pattern, seed: int = 0) -> dict[str, Tensor]:

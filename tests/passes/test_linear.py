@@ -296,6 +296,23 @@ def test_products_of_features_take_no_bias_and_no_cap(action: Pass, score: sympy
         action.rewrite(SITE, replace(CAUSAL, score=score))
 
 
+@pytest.mark.parametrize("masked", ["mean", "add", "nan"])
+def test_rows_of_padding_give_0_whatever_hides_the_keys(masked: Any) -> None:
+    """The window holds all keys, so the other rows are the softmax itself."""
+    spec = replace(PADDED, masked=masked)
+    new = WindowTail(window=99, map="elu").rewrite(SITE, spec)
+    assert not WindowTail.empty_rows
+    q, k, v = qkv(9)
+    pad = torch.ones(2, 9, dtype=torch.bool)
+    pad[1, :3] = False
+    got = reference(new, q, k, v, [pad, torch.zeros(4)])
+    want = reference(spec, q, k, v, [pad])
+    there = pad[:, None].expand(-1, 4, -1)
+    torch.testing.assert_close(got[there], want[there])
+    assert not got[~there].any()
+    assert bool(want[~there].any())
+
+
 @pytest.mark.parametrize(
     ("action", "site", "spec", "reason"),
     [
@@ -306,7 +323,6 @@ def test_products_of_features_take_no_bias_and_no_cap(action: Pass, score: sympy
         (TNL, CROSS, CAUSAL, "a decay needs one axis of positions"),
         (TAIL, CROSS, CAUSAL, "this site is cross-attention"),
         (TAIL, SITE, SoftmaxSpec(), "a linear tail needs a causal mask"),
-        (TAIL, SITE, replace(PADDED, masked="mean"), "hide padding with a boolean mask"),
         (TAIL, replace(SITE, heads=0), CAUSAL, "how many heads this site has is not known"),
         (FeatureMaps(map="exp"), replace(SITE, head_dim=0), CAUSAL, "has a matrix for each head"),
     ],

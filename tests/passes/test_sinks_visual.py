@@ -176,6 +176,13 @@ def test_groups_are_text_sinks_visual_sinks_and_the_rest_of_the_image() -> None:
     assert got.tolist() == [[1, 3, 2, 3, 0, 0]]  # the last key lies beyond the labels
 
 
+def test_tokens_after_the_prompt_are_never_sinks() -> None:
+    """A full run sees the states of generated tokens, and a step of decoding does not ask them."""
+    labels = torch.tensor([[0, 1, 1, 1, 0]])
+    got = groups_of(states(4096, 0, 2, 5), labels, dims=(1,), tau=20.0)
+    assert got.tolist() == [[1, 3, 2, 3, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("labels", "tau"), [([0, 1, 0, 1, 0, 0], 20.0), ([0] * 6, 20.0), ([0, 1, 1, 0, 0, 0], 1e9)]
 )
@@ -187,6 +194,13 @@ def test_without_a_visual_sink_there_are_no_groups(labels: list[int], tau: float
 def test_first_row_is_the_one_after_the_last_image_token() -> None:
     labels = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]])
     assert first_row(labels).tolist() == [5, 6]
+
+
+def test_a_step_of_decoding_needs_no_causal_mask() -> None:
+    one = replace(SITE, q_len=1)
+    assert var().rewrite(one, SoftmaxSpec()).edit is not None
+    with pytest.raises(Declined, match="this site is not causal"):
+        var().rewrite(SITE, SoftmaxSpec())
 
 
 def test_groups_are_decided_by_the_prompt() -> None:
