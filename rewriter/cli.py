@@ -260,6 +260,9 @@ def export_command(
     device: Device = "cpu",
     batch: Batch = 2,
     length: Length = 16,
+    state: Annotated[
+        bool, typer.Option("--state", help="Hand the states of linear attention on, call by call.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -274,7 +277,7 @@ def export_command(
         if plan.passes:
             optimize(model, *plan.passes, target=plan.target)
         step("exporting, and checking in ONNX Runtime")
-        report = export_onnx(model, _inputs(model, batch, length), onnx)
+        report = export_onnx(model, _inputs(model, batch, length), onnx, state=state)
     _emit(as_json, report.to_dict(), str(report))
 
 
