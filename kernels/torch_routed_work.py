@@ -28,7 +28,7 @@ from rewriter.kernels.torch_routing import (
 from rewriter.kernels.torch_tiles import AT_ONCE, Operands, Tiles
 from rewriter.stages import Route
 
-__all__ = ["Listed", "Work", "tokens_of", "unfit"]
+__all__ = ["Listed", "Work", "regions_of", "tokens_of", "unfit"]
 
 LEAST = 2**19
 """Numbers that a part of the rows may have in any case, in its output or its products."""
@@ -226,7 +226,7 @@ class Work:
         yield from self._dense(routed, 0, route.extra)
         if is_dense is not None:
             yield from self._dense(units[is_dense], 0, ops.q_len)
-        tokens, real = _regions_of(route, ops.device)
+        tokens, real = regions_of(route, ops.device)
         table, filled = chosen_regions(ops, route, tokens, real).slots()
         for some in torch.split(routed, max(1, 2**20 // (table.shape[1] * tokens.numel()))):
             yield self._region_tiles(some, tokens, real, table, filled)
@@ -260,7 +260,7 @@ def _width(rows: float) -> int:
     return max(16, min(128, int(rows) // 64 * 16))
 
 
-def _regions_of(route: Route, device: torch.device) -> tuple[Tensor, Tensor]:
+def regions_of(route: Route, device: torch.device) -> tuple[Tensor, Tensor]:
     """Places on the grid of the tokens of each region `[R, w]`, and where there is one."""
     (rows, columns), (high, wide), (down, across) = route.grid, route.region, route.region_counts
     row = torch.arange(down * high, device=device).view(down, 1, high, 1)

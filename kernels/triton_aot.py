@@ -17,13 +17,13 @@ from rewriter.errors import LoweringError
 from rewriter.kernels.triton_cache import import_kernel
 from rewriter.kernels.triton_codegen import Argument, KernelSpec, arguments
 
-__all__ = ["Resources", "compile_kernel"]
+__all__ = ["ALIGNED", "POINTERS", "Resources", "compile_kernel", "usage_of"]
 
-_POINTERS = {
+POINTERS = {
     "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "bool": "*i1",
     "int8": "*i8", "uint8": "*u8", "int16": "*i16", "int32": "*i32", "int64": "*i64",
 }  # fmt: skip
-_ALIGNED = [["tt.divisibility", 16]]
+ALIGNED = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def compile_kernel(kernel: KernelSpec, capability: int, folder: Path | None = No
         i for i, a in enumerate(args) if a.kind in ("tensor", "stride") and a.name not in constants
     ]
     source = ASTSource(
-        function, signature, constexprs=constants, attrs={(i,): _ALIGNED for i in aligned}
+        function, signature, constexprs=constants, attrs={(i,): ALIGNED for i in aligned}
     )
     compiled = triton.compile(
         source,
@@ -78,7 +78,7 @@ def compile_kernel(kernel: KernelSpec, capability: int, folder: Path | None = No
             "enable_fp_fusion": True,
         },
     )
-    registers, stack = _usage(compiled.asm["cubin"])
+    registers, stack = usage_of(compiled.asm["cubin"])
     return Resources(registers, stack, compiled.metadata.shared)
 
 
@@ -88,11 +88,11 @@ def _type(argument: Argument, kernel: KernelSpec) -> str:
         contiguous = argument.kind == "stride" and argument.of in "qkvo" and argument.dim == 3
         return "constexpr" if contiguous else "i32"
     if argument.of.startswith("t:"):
-        return _POINTERS[kernel.lowered[0].tensor(argument.of[2:]).dtype]
-    return "*fp32" if argument.of == "lse" else _POINTERS[kernel.dtype]
+        return POINTERS[kernel.lowered[0].tensor(argument.of[2:]).dtype]
+    return "*fp32" if argument.of == "lse" else POINTERS[kernel.dtype]
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def usage_of(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of the kernel in a compiled file, read by cuobjdump."""
     from triton import knobs
 

@@ -16,7 +16,7 @@ from typing import Any
 from rewriter.errors import LoweringError
 from rewriter.kernels.triton_codegen import KERNEL, KernelSpec, codegen
 
-__all__ = ["import_kernel", "write_kernel"]
+__all__ = ["cache_folder", "import_kernel", "write_atomically", "write_kernel"]
 
 
 def write_kernel(kernel: KernelSpec, folder: Path | None = None) -> Path:
@@ -25,12 +25,12 @@ def write_kernel(kernel: KernelSpec, folder: Path | None = None) -> Path:
     Raises:
         LoweringError: if the folder cannot be written.
     """
-    folder = folder or _cache_folder()
+    folder = folder or cache_folder()
     path, text = folder / f"softmax_fwd_{kernel.digest}.py", codegen(kernel)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            _write_atomically(path, text)
+            write_atomically(path, text)
     except OSError as error:
         raise LoweringError(
             f"the kernel could not be written to {folder} ({error.strerror}); "
@@ -39,7 +39,7 @@ def write_kernel(kernel: KernelSpec, folder: Path | None = None) -> Path:
     return path
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Others see the old file or the whole new one, and nothing is left behind by a full disk."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -51,7 +51,7 @@ def _write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     root = os.environ.get("REWRITER_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "rewriter") / "kernels"
 

@@ -18,7 +18,18 @@ from rewriter.kernels.triton_tables import Table, tabulate
 from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import formula_text
 
-__all__ = ["KERNEL", "Argument", "Dtype", "KernelSpec", "Tile", "arguments", "codegen"]
+__all__ = [
+    "KERNEL",
+    "Argument",
+    "Dtype",
+    "KernelSpec",
+    "Tile",
+    "arguments",
+    "arguments_of",
+    "codegen",
+    "harmless",
+    "header_of",
+]
 
 KERNEL = "softmax_fwd_kernel"
 """The name of the kernel in every generated file."""
@@ -90,7 +101,7 @@ def _written(kernel: KernelSpec) -> tuple[str, tuple[Argument, ...]]:
     """The file and the arguments of the kernel in it."""
     skeleton = Skeleton(kernel)
     body = skeleton.body()  # first: printing formulas finds out what has to be handed over
-    args = _arguments(kernel, skeleton)
+    args = arguments_of(kernel, skeleton)
     changing = ", ".join(f'"{a.name}"' for a in args if a.kind in ("size", "extent"))
     parameters = [f"{a.name}," for a in args]
     parameters += [f"{name}: tl.constexpr = {value}," for name, value in skeleton.blocks()]
@@ -104,7 +115,7 @@ def _written(kernel: KernelSpec) -> tuple[str, tuple[Argument, ...]]:
         *(f"    {line}".rstrip() for line in body),
     ]
     parts = [
-        f'"""{_harmless(_header(kernel))}"""\n',
+        f'"""{harmless(header_of(kernel))}"""\n',
         "\n".join([*imports, "", *constants] if constants else imports) + "\n\n",
         *(f"{HELPERS[name]}\n" for name in sorted(skeleton.loads.helpers)),
         "\n".join(kernel_text) + "\n",
@@ -112,7 +123,7 @@ def _written(kernel: KernelSpec) -> tuple[str, tuple[Argument, ...]]:
     return "\n".join(parts), args
 
 
-def _header(kernel: KernelSpec) -> str:
+def header_of(kernel: KernelSpec) -> str:
     """The docstring of the file: the formula, the shapes, and what is not obvious from them."""
     d, e = kernel.head_dim, kernel.value_dim
     lines = [
@@ -134,12 +145,12 @@ def _header(kernel: KernelSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Text that may stand in a docstring: names come from models and from files."""
     return text.replace("\\", "/").replace('"', "'")
 
 
-def _arguments(kernel: KernelSpec, skeleton: Skeleton) -> tuple[Argument, ...]:
+def arguments_of(kernel: KernelSpec, skeleton: Skeleton) -> tuple[Argument, ...]:
     """Tensors, their strides, extents that bound an index, and sizes."""
     spec, loads = kernel.lowered[0], skeleton.loads
     read = {r.tensor for f in spec.formulas for r in sym.reads(f)}

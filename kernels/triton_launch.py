@@ -26,17 +26,29 @@ from rewriter.spec import SoftmaxSpec
 if TYPE_CHECKING:
     from rewriter.lowering import Shapes
 
-__all__ = ["forward", "forward_with_lse", "supports"]
+__all__ = [
+    "DTYPES",
+    "MIN_CAPABILITY",
+    "READABLE",
+    "capability_of",
+    "check_call",
+    "check_reads",
+    "device_reason",
+    "forward",
+    "forward_with_lse",
+    "shape_reason",
+    "supports",
+]
 
-_DTYPES: dict[torch.dtype, Dtype] = {
+DTYPES: dict[torch.dtype, Dtype] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.float32: "float32",
 }
-_READABLE = {"bool", "int8", "uint8", "int16", "int32", "int64", *_DTYPES.values()}
+READABLE = {"bool", "int8", "uint8", "int16", "int32", "int64", *DTYPES.values()}
 """Dtypes of tensors that formulas may read; float64 would lose bits."""
 _MAX_DIM = 256
-_MIN_CAPABILITY = 80
+MIN_CAPABILITY = 80
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -45,13 +57,13 @@ _MIN_CAPABILITY = 80
 def supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
     """None if a kernel can be generated for the spec and run on such tensors, else the reason."""
     return (
-        _device_reason(shapes.device)
-        or _shape_reason(shapes)
+        device_reason(shapes.device)
+        or shape_reason(shapes)
         or _spec_reason(spec, shapes.head_dim, shapes.value_dim, shapes.dtype)
     )
 
 
-def _device_reason(device: str) -> str | None:
+def device_reason(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if _interpreted():
@@ -60,13 +72,13 @@ def _device_reason(device: str) -> str | None:
         return f"Triton kernels need a GPU, and the tensors are on {device}"
     if torch.version.hip is not None:
         return "the kernels are made for NVIDIA GPUs"
-    if _capability(device) < _MIN_CAPABILITY:
-        return f"the GPU has compute capability {_capability(device) / 10}, the kernels need 8.0"
+    if capability_of(device) < MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability_of(device) / 10}, the kernels need 8.0"
     return None
 
 
-def _shape_reason(shapes: Shapes) -> str | None:
-    if shapes.dtype not in _DTYPES:
+def shape_reason(shapes: Shapes) -> str | None:
+    if shapes.dtype not in DTYPES:
         name = str(shapes.dtype).removeprefix("torch.")
         return f"{name} has no kernel; float16, bfloat16 and float32 have"
     if shapes.dtype is torch.bfloat16 and _interpreted():
@@ -85,10 +97,10 @@ def _spec_reason(
     if spec.dropout:
         return "the kernels have no dropout"
     for tensor in spec.tensors:
-        if tensor.dtype not in _READABLE:
+        if tensor.dtype not in READABLE:
             return f"{tensor.name} is {tensor.dtype}, which the kernels do not read"
     try:
-        codegen(_kernel_spec(spec, head_dim, value_dim, dtype, 1, _MIN_CAPABILITY, False))
+        codegen(_kernel_spec(spec, head_dim, value_dim, dtype, 1, MIN_CAPABILITY, False))
     except LoweringError as reason:
         return str(reason)
     return None
@@ -104,16 +116,16 @@ def _kernel_spec(
     capability: int,
     lse: bool,
 ) -> KernelSpec:
-    name = _DTYPES[dtype]
+    name = DTYPES[dtype]
     tile = tile_for(tabulate(spec)[0], head_dim, value_dim, name, q_len, capability)
     return KernelSpec(spec, head_dim, value_dim, name, tile, lse)
 
 
 @lru_cache(maxsize=16)
-def _capability(device: str) -> int:
+def capability_of(device: str) -> int:
     """Compute capability of the GPU times ten; in the interpreter the lowest that we take."""
     if not device.startswith("cuda"):
-        return _MIN_CAPABILITY
+        return MIN_CAPABILITY
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -179,15 +191,15 @@ def _launch(
 ) -> None:
     """Fills `o` (and `lse`)."""
     q, k, v = named["q"], named["k"], named["v"]
-    _check(q, k, v)
+    check_call(q, k, v)
     (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, value_dim) = q.shape, v.shape
     numbers = dict(zip(spec.sizes, (int(n) for n in sizes), strict=True))
     numbers |= {"B": batch, "H": heads, "L": q_len, "M": kv_len}
     if named["o"].numel() == 0:
         return
-    _check_reads(spec, tensors, numbers, q.device)
+    check_reads(spec, tensors, numbers, q.device)
     kernel = _kernel_spec(
-        spec, head_dim, value_dim, q.dtype, q_len, _capability(str(q.device)), "lse" in named
+        spec, head_dim, value_dim, q.dtype, q_len, capability_of(str(q.device)), "lse" in named
     )
     tables = kernel.lowered[1]
     used = tuple((n, x) for n, x in numbers.items() if n not in "LM")
@@ -216,7 +228,7 @@ def _value(
             return numbers[argument.of]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_call(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ShapeError where q, k and v do not fit each other."""
     for name, x, letters in (
         ("q", q, "[B, Hq, L, D]"),
@@ -230,7 +242,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} is {x.dtype} on {x.device}, and q is {q.dtype} on {q.device}; "
                 "they have to agree"
             )
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         raise ShapeError(f"expected q in float16, bfloat16 or float32, got {q.dtype}")
     if (
         k.shape[:3] != v.shape[:3]
@@ -243,7 +255,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_reads(
+def check_reads(
     spec: SoftmaxSpec, tensors: Sequence[Tensor], numbers: Mapping[str, int], device: torch.device
 ) -> None:
     """Raises ShapeError where a tensor is not what the formulas read."""

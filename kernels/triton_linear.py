@@ -21,13 +21,13 @@ from rewriter.errors import LoweringError
 from rewriter.kernels import torch_linear
 from rewriter.kernels.torch_linear_call import Call
 from rewriter.kernels.triton_launch import (
-    _DTYPES,
-    _MIN_CAPABILITY,
-    _READABLE,
-    _capability,
-    _check,
-    _device_reason,
-    _shape_reason,
+    DTYPES,
+    MIN_CAPABILITY,
+    READABLE,
+    capability_of,
+    check_call,
+    device_reason,
+    shape_reason,
 )
 from rewriter.kernels.triton_linear_code import linear_source
 from rewriter.kernels.triton_linear_kernel import LinearKernel, LinearTile, refusal
@@ -57,8 +57,8 @@ def supports(spec: Spec, shapes: Shapes) -> str | None:
     assert isinstance(spec, LinearSpec)
     return (
         refusal(spec)
-        or _device_reason(shapes.device)
-        or _shape_reason(shapes)
+        or device_reason(shapes.device)
+        or shape_reason(shapes)
         or _call_reason(spec, shapes)
         or _spec_reason(spec, shapes.head_dim, shapes.value_dim, shapes.dtype)
     )
@@ -75,10 +75,10 @@ def _call_reason(spec: LinearSpec, shapes: Shapes) -> str | None:
 @lru_cache(maxsize=4096)
 def _spec_reason(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
     for tensor in spec.tensors:
-        if tensor.dtype not in _READABLE and tensor.name not in spec.whole:
+        if tensor.dtype not in READABLE and tensor.name not in spec.whole:
             return f"{tensor.name} is {tensor.dtype}, which the kernels do not read"
     try:
-        linear_source(_kernel(spec, head_dim, value_dim, dtype, _MIN_CAPABILITY))
+        linear_source(_kernel(spec, head_dim, value_dim, dtype, MIN_CAPABILITY))
     except LoweringError as error:
         return str(error)
     return None
@@ -88,7 +88,7 @@ def _spec_reason(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.d
 def _kernel(
     spec: LinearSpec, width: int, value_dim: int, dtype: torch.dtype, capability: int
 ) -> LinearKernel:
-    name = _DTYPES[dtype]
+    name = DTYPES[dtype]
     tile = tile_for(spec, width, value_dim, name, capability)
     return LinearKernel(spec, width, value_dim, name, tile)
 
@@ -146,7 +146,7 @@ def forward(
         ShapeError: if the tensors do not fit the spec or each other.
     """
     assert isinstance(spec, LinearSpec)
-    _check(q, k, v)
+    check_call(q, k, v)
     call = Call(spec, q, k, tensors, sizes)
     rows, keys = (_projected(x, phi, call.named) for x, phi in ((q, spec.q_map), (k, spec.k_map)))
     if rows.shape[3] > _WIDE:
@@ -156,7 +156,7 @@ def forward(
         dtype=torch.float32 if spec.norm == "rms" else v.dtype,
         device=q.device,
     )
-    kernel = _kernel(spec, rows.shape[3], v.shape[3], v.dtype, _capability(str(q.device)))
+    kernel = _kernel(spec, rows.shape[3], v.shape[3], v.dtype, capability_of(str(q.device)))
     if out.numel():
         named = {"q": rows, "k": keys, "v": v, "o": out}
         named |= _states(kernel, call) | {f"t:{n}": x for n, x in call.named.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from rewriter.beside import Beside
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels import torch_routed
-from rewriter.kernels.torch_routed_work import _regions_of, tokens_of, unfit
+from rewriter.kernels.torch_routed_work import regions_of, tokens_of, unfit
 from rewriter.kernels.torch_routing import (
     block_means,
     chosen_blocks,
@@ -31,14 +31,14 @@ from rewriter.kernels.torch_routing import (
 from rewriter.kernels.torch_tiles import Operands
 from rewriter.kernels.triton_codegen import KernelSpec, Tile
 from rewriter.kernels.triton_launch import (
-    _DTYPES,
-    _MIN_CAPABILITY,
-    _READABLE,
-    _capability,
-    _check,
-    _check_reads,
-    _device_reason,
-    _shape_reason,
+    DTYPES,
+    MIN_CAPABILITY,
+    READABLE,
+    capability_of,
+    check_call,
+    check_reads,
+    device_reason,
+    shape_reason,
 )
 from rewriter.kernels.triton_routed_code import KERNEL, RoutedKernel, block_of, routed_source
 from rewriter.kernels.triton_source import launch
@@ -63,8 +63,8 @@ def supports(spec: Spec, shapes: Shapes) -> str | None:
     """None if a kernel can be generated for the spec and run on such tensors, else the reason."""
     assert isinstance(spec, SoftmaxSpec)
     return (
-        _device_reason(shapes.device)
-        or _shape_reason(shapes)
+        device_reason(shapes.device)
+        or shape_reason(shapes)
         or torch_routed.supports(spec, shapes)
         or _spec_reason(spec, shapes.head_dim, shapes.value_dim, shapes.dtype)
     )
@@ -75,10 +75,10 @@ def _spec_reason(
     spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> str | None:
     for tensor in spec.tensors:
-        if tensor.dtype not in _READABLE:
+        if tensor.dtype not in READABLE:
             return f"{tensor.name} is {tensor.dtype}, which the kernels do not read"
     try:
-        routed_source(_kernel(spec, head_dim, value_dim, dtype, 1, _MIN_CAPABILITY))
+        routed_source(_kernel(spec, head_dim, value_dim, dtype, 1, MIN_CAPABILITY))
     except LoweringError as reason:
         return str(reason)
     return None
@@ -94,7 +94,7 @@ def _kernel(
     capability: int,
 ) -> RoutedKernel:
     assert spec.route is not None
-    name, lowered = _DTYPES[dtype], tabulate(spec)[0]
+    name, lowered = DTYPES[dtype], tabulate(spec)[0]
     tile = tile_for(lowered, head_dim, value_dim, name, q_len, capability)
     return RoutedKernel(KernelSpec(spec, head_dim, value_dim, name, _fitted(tile, spec.route)))
 
@@ -135,15 +135,15 @@ def forward(
     """
     assert isinstance(spec, SoftmaxSpec)
     assert spec.route is not None
-    _check(q, k, v)
+    check_call(q, k, v)
     (batch, heads, q_len, head_dim), (_, kv_heads, kv_len, value_dim) = q.shape, v.shape
     numbers = dict(zip(spec.sizes, (int(n) for n in sizes), strict=True))
     numbers |= {"B": batch, "H": heads, "L": q_len, "M": kv_len}
     out = torch.empty((*q.shape[:3], value_dim), dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    _check_reads(spec, tensors, numbers, q.device)
-    capability = _capability(str(q.device))
+    check_reads(spec, tensors, numbers, q.device)
+    capability = capability_of(str(q.device))
     kernel = _kernel(spec, head_dim, value_dim, q.dtype, q_len, capability)
     named = {"q": q, "k": k, "v": v, "o": out}
     named |= {f"t:{t.name}": x for t, x in zip(spec.tensors, tensors, strict=True)}
@@ -215,7 +215,7 @@ def _of_regions(kernel: RoutedKernel, ops: Operands) -> dict[str, Tensor]:
     route = kernel.route
     if ops.q_len != ops.kv_len or ops.kv_len != tokens_of(route):
         raise ShapeError(unfit(route, ops.q_len, ops.kv_len))
-    tokens, real = _regions_of(route, ops.device)
+    tokens, real = regions_of(route, ops.device)
     place = torch.where(real, tokens + route.extra, -1)
     early = _cut(torch.arange(route.extra, device=ops.device), place.shape[1])
     rows = _tiles_of(place, kernel.base.tile.queries)

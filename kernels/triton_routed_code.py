@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import sympy
 
-from rewriter.kernels.triton_codegen import Argument, KernelSpec, _arguments, _header
+from rewriter.kernels.triton_codegen import Argument, KernelSpec, arguments_of, header_of
 from rewriter.kernels.triton_ranges import KeyRange
-from rewriter.kernels.triton_skeleton import Skeleton, _load, _pointer
+from rewriter.kernels.triton_skeleton import Skeleton, load_line, pointer_line
 from rewriter.kernels.triton_source import Function, Source, file_text, function_text
 from rewriter.reference_routes import key_terms
 from rewriter.stages import Route
@@ -62,7 +62,7 @@ def routed_source(kernel: RoutedKernel) -> Source:
         KERNEL, skeleton.arguments(), tuple(skeleton.blocks()), tile.warps, tile.stages
     )
     text = function_text(function, body, helpers=sorted(skeleton.loads.helpers))
-    header = [*_header(kernel.base).rstrip().splitlines(), *skeleton.header()]
+    header = [*header_of(kernel.base).rstrip().splitlines(), *skeleton.header()]
     return Source("routed_fwd", file_text(header, skeleton.constants(body), [text]), (function,))
 
 
@@ -99,7 +99,7 @@ class _Routed(Skeleton):
         return lines
 
     def arguments(self) -> tuple[Argument, ...]:
-        base = _arguments(self.kernel, self)
+        base = arguments_of(self.kernel, self)
         names = ["first", "block"]
         names += ["place"] if self.routed.has_places else []
         names += ["chosen"] if self.by_query else ["row"]
@@ -133,12 +133,12 @@ class _Routed(Skeleton):
             "o_d, o_e = tl.arange(0, BD), tl.arange(0, BE)",
             *(["m_d = o_d < D"] if self.m_d else []),
             *(["m_e = o_e < E"] if self.m_e else []),
-            _pointer("q", "i_h", "o_d"),
-            _pointer("k", "i_g", "o_d"),
-            _pointer("v", "i_g", "o_e"),
+            pointer_line("q", "i_h", "o_d"),
+            pointer_line("k", "i_g", "o_d"),
+            pointer_line("v", "i_g", "o_e"),
             *keys,
             "# [BQ, BD]",
-            _load("q", "o_q", f"m_q[:, None]{self.m_d}"),
+            load_line("q", "o_q", f"m_q[:, None]{self.m_d}"),
             "",
         ]
 

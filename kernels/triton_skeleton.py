@@ -24,7 +24,7 @@ from rewriter.symbols import formula_text
 if TYPE_CHECKING:
     from rewriter.kernels.triton_codegen import KernelSpec
 
-__all__ = ["Skeleton"]
+__all__ = ["Skeleton", "load_line", "pointer_line"]
 
 _LOG2E = 1.4426950408889634
 _FLOAT_MIN = -3.4028234663852886e38
@@ -103,11 +103,11 @@ class Skeleton:
             "m_q = o_q < L",
             *(["m_d = o_d < D"] if self.m_d else []),
             *(["m_e = o_e < E"] if self.m_e else []),
-            _pointer("q", "i_h", "o_d"),
-            _pointer("k", "i_g", "o_d"),
-            _pointer("v", "i_g", "o_e"),
+            pointer_line("q", "i_h", "o_d"),
+            pointer_line("k", "i_g", "o_d"),
+            pointer_line("v", "i_g", "o_e"),
             "# [BQ, BD]",
-            _load("q", "o_q", f"m_q[:, None]{self.m_d}"),
+            load_line("q", "o_q", f"m_q[:, None]{self.m_d}"),
             "",
         ]
 
@@ -169,7 +169,7 @@ class Skeleton:
             lines.append(f"b_s = ({text}){times}" if times else f"b_s = {text}")
         return [
             "# [BK, BD]",
-            _load("k", "o_k", f"m_k[:, None]{self.m_d}"),
+            load_line("k", "o_k", f"m_k[:, None]{self.m_d}"),
             "# [BQ, BK]",
             *lines,
             *self._mask(),
@@ -209,7 +209,7 @@ class Skeleton:
 
     def _values(self) -> list[str]:
         """The values of one step."""
-        return ["# [BK, BE]", _load("v", "o_k", f"m_k[:, None]{self.m_e}")]
+        return ["# [BK, BE]", load_line("v", "o_k", f"m_k[:, None]{self.m_e}")]
 
     def _end(self) -> list[str]:
         """Rows that saw nothing, the division, and the stores."""
@@ -224,7 +224,7 @@ class Skeleton:
             lines.append(f"b_o = b_o * ({self.loads.text(self.spec.heads)})")
         return [
             *lines,
-            _pointer("o", "i_h", "o_e"),
+            pointer_line("o", "i_h", "o_e"),
             "p_o += o_q.to(tl.int64)[:, None] * stride_o_l",
             f"tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q[:, None]{self.m_e})",
         ]
@@ -255,7 +255,7 @@ class Skeleton:
             "    for i_k in range(0, M, BK):",
             "        o_k = i_k + tl.arange(0, BK)",
             "        # [BK, BE]",
-            f"        {_load('v', 'o_k', f'(o_k < M)[:, None]{self.m_e}')}",
+            f"        {load_line('v', 'o_k', f'(o_k < M)[:, None]{self.m_e}')}",
             "        b_mean += tl.sum(b_v.to(tl.float32), 0)",
             "    b_o = tl.where(m_empty[:, None], b_mean[None, :], b_o)",
             "    b_l = tl.where(m_empty, M, b_l)",
@@ -272,13 +272,13 @@ def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _pointer(name: str, head: str, columns: str) -> str:
+def pointer_line(name: str, head: str, columns: str) -> str:
     """The line with the pointers to the columns of the first row of a head."""
     start = f"i_b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
     return f"p_{name} = {name} + {start} + {columns}[None, :] * stride_{name}_d"
 
 
-def _load(name: str, rows: str, mask: str) -> str:
+def load_line(name: str, rows: str, mask: str) -> str:
     """The line that loads a tile of q, k or v."""
     pointer = f"p_{name} + {rows}.to(tl.int64)[:, None] * stride_{name}_l"
     return f"b_{name} = tl.load({pointer}, mask={mask}, other=0.0)"

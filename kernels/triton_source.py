@@ -21,10 +21,10 @@ from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
-from rewriter.kernels.triton_aot import _ALIGNED, _POINTERS, Resources, _usage
-from rewriter.kernels.triton_cache import _cache_folder, _write_atomically
+from rewriter.kernels.triton_aot import ALIGNED, POINTERS, Resources, usage_of
+from rewriter.kernels.triton_cache import cache_folder, write_atomically
 from rewriter.kernels.triton_code import HELPERS
-from rewriter.kernels.triton_codegen import Argument, _harmless
+from rewriter.kernels.triton_codegen import Argument, harmless
 from rewriter.kernels.triton_loads import Loads, Place, identifiers
 from rewriter.spec import Spec
 from rewriter.symbols import Formula
@@ -135,7 +135,7 @@ def file_text(header: Sequence[str], constants: Sequence[str], kernels: Sequence
     """The whole file: what it computes, imports, constants, kernels."""
     imports = ["import triton", "import triton.language as tl"]
     top = [*imports, "", *constants] if constants else imports
-    docstring = _harmless("\n".join(header))
+    docstring = harmless("\n".join(header))
     return "\n".join([f'"""{docstring}\n"""\n', "\n".join(top) + "\n\n", "\n\n".join(kernels)])
 
 
@@ -145,12 +145,12 @@ def file_text(header: Sequence[str], constants: Sequence[str], kernels: Sequence
 @lru_cache(maxsize=1024)
 def imported(source: Source, folder: Path | None = None) -> Any:
     """The file as a module, written to the cache folder; its attributes are Triton functions."""
-    folder = folder or _cache_folder()
+    folder = folder or cache_folder()
     path = folder / f"{source.stem}_{source.digest}.py"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_text(encoding="utf-8") != source.text:
-            _write_atomically(path, source.text)
+            write_atomically(path, source.text)
     except OSError as error:
         raise LoweringError(
             f"the kernel could not be written to {folder} ({error.strerror}); "
@@ -232,7 +232,7 @@ def compile_function(
     kernel = getattr(imported(source, folder), name)
     signature, constants, aligned = {}, {}, []
     for i, a in enumerate(function.arguments):
-        signature[a.name] = _POINTERS[dtypes[a.of]] if a.kind == "tensor" else "i32"
+        signature[a.name] = POINTERS[dtypes[a.of]] if a.kind == "tensor" else "i32"
         if a.kind == "stride" and a.name.endswith(("_d", "_e")):
             signature[a.name], constants[a.name] = "constexpr", 1
         elif a.kind in ("tensor", "stride"):
@@ -240,7 +240,7 @@ def compile_function(
     for constant, value in function.constants:
         signature[constant], constants[constant] = "constexpr", value
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs={(i,): _ALIGNED for i in aligned}),
+        ASTSource(kernel, signature, constexprs=constants, attrs={(i,): ALIGNED for i in aligned}),
         target=GPUTarget("cuda", capability, 32),
         options={
             "num_warps": function.warps,
@@ -248,5 +248,5 @@ def compile_function(
             "enable_fp_fusion": True,
         },
     )
-    registers, stack = _usage(compiled.asm["cubin"])
+    registers, stack = usage_of(compiled.asm["cubin"])
     return Resources(registers, stack, compiled.metadata.shared)

@@ -27,7 +27,7 @@ SHAPES = Shapes("cuda", torch.float16, 2, 4, 2, 33, 33, 64, 64, grad=False)
 def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard asks for the compute capability only."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_launch, "_capability", lambda device: 90)
+    monkeypatch.setattr(triton_launch, "capability_of", lambda device: 90)
 
 
 @pytest.mark.usefixtures("_a_gpu")
@@ -79,7 +79,7 @@ def test_what_it_cannot_do_is_refused_with_the_reason(case: Refused) -> None:
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_launch, "_capability", lambda device: 75)
+    monkeypatch.setattr(triton_launch, "capability_of", lambda device: 75)
     reason = supports(SPECS["plain"], SHAPES)
     assert reason == "the GPU has compute capability 7.5, the kernels need 8.0"
 
