@@ -62,7 +62,7 @@ def _plain(site: Site, spec: SoftmaxSpec, *, scores: bool = False) -> LinearSpec
             raise Declined(f"{text} has no place in linear attention")
     if spec.dropout:
         raise Declined("weights that are never computed cannot be dropped; set the dropout to 0")
-    position, causal = query_position(spec)
+    position, causal = query_position(site, spec)
     if site.q_len == 1 and not site.is_cross:
         causal = True  # a step of decoding: the last query of the sequence sees every key
     return LinearSpec(

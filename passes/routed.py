@@ -78,7 +78,7 @@ class MoBA(Pass):
                 "blocks before a query need positions on one axis; this site is cross-attention"
             )
         _check(spec)
-        position, causal = query_position(spec)
+        position, causal = query_position(site, spec)
         if not causal and site.q_len != 1:  # the last query needs no causal mask
             raise Declined("the site is not causal, so no block comes before the query")
         for term in _terms_of_queries(spec.mask):

@@ -178,7 +178,7 @@ class RedistributeVisual(Pass):
         """Where query q stands on the key axis."""
         if site.is_cross:
             raise Declined("images and questions stand on one axis; this site is cross-attention")
-        position, is_causal = query_position(spec)
+        position, is_causal = query_position(site, spec)
         if not is_causal and site.q_len != 1:  # a step of decoding needs no causal mask
             raise Declined("it is for causal self-attention, and this site is not causal")
         return position

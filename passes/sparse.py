@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from rewriter.sites import Site
 
 
-def query_position(spec: SoftmaxSpec) -> tuple[Expr, bool]:
+def query_position(site: Site, spec: SoftmaxSpec) -> tuple[Expr, bool]:
     """Where query q stands on the key axis, and whether it sees nothing behind that place.
 
-    A mask `k ≤ position` says it itself, so a cache with free room at its end is read rightly.
-    Without one, the queries are the last L of the M keys.
+    A mask `k ≤ position` says it itself, so a cache with free room at its end is read rightly; of
+    a single query, whose own key is the last that it sees, the position may be without q. Without
+    such a mask, the queries are the last L of the M keys.
     """
     found = set()
     for term in sympy.And.make_args(spec.mask):
         if isinstance(term, sympy.Ge | sympy.Le | sympy.Gt | sympy.Lt):
             rest = term.gts - term.lts + sym.k  # the term says k ≤ rest, or k < rest
-            if not rest.has(sym.k) and rest.has(sym.q):
+            if not rest.has(sym.k) and (rest.has(sym.q) or site.q_len == 1):
                 found.add(rest if isinstance(term, sympy.Ge | sympy.Le) else rest - 1)
     if len(found) > 1:
         texts = " and ".join(sorted(map(str, found)))
@@ -44,7 +45,7 @@ def hides_padding_alone(site: Site, spec: SoftmaxSpec) -> bool:
     terms = [t for t in sympy.And.make_args(spec.mask) if t.has(sym.q)]
     if site.is_cross:
         return not terms
-    position, _ = query_position(spec)
+    position, _ = query_position(site, spec)
     behind = sympy.expand(position - sym.q).as_coeff_Add()[0] < 0  # the first query stands nowhere
     return not behind and all(t.xreplace({sym.k: position}) == sympy.true for t in terms)
 
@@ -80,7 +81,7 @@ class SlidingWindow(Pass):
             raise Declined(
                 "a window needs query and key positions on one axis; this site is cross-attention"
             )
-        position, causal = query_position(spec)
+        position, causal = query_position(site, spec)
         back = position - sym.k
         near = (back if causal else Abs(back)) < self.window
         return replace(spec, mask=spec.mask & (near | (sym.k < self.sinks)))

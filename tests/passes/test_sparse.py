@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sympy
 import torch
@@ -98,3 +100,10 @@ def test_window_declines_a_mask_with_two_ends() -> None:
     two = SoftmaxSpec(mask=(sym.k <= sym.q) & (sym.k <= 2 * sym.q))
     with pytest.raises(Declined, match="the mask ends at two places"):
         SlidingWindow(window=2).rewrite(SITE, two)
+
+
+def test_a_single_query_stands_where_its_mask_ends() -> None:
+    at = sym.Read(sympy.Symbol("at"), sympy.Integer(0))
+    spec = SoftmaxSpec(mask=sym.k <= at, tensors=(TensorArg("at", "int64", 1),))
+    site = replace(SITE, q_len=1)
+    assert SlidingWindow(window=3).rewrite(site, spec).mask == (sym.k <= at) & (at - sym.k < 3)
