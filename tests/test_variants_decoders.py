@@ -1,5 +1,5 @@
 """The kinds in decoders, a pass for each layer: generated text is the text of full runs, padding on
-either side changes nothing, and a saved model is the same model."""
+either side changes nothing, a saved model is the same model, and a file agrees at other shapes."""
 
 from __future__ import annotations
 
@@ -110,6 +110,7 @@ def test_cached_text_padding_and_a_saved_model_agree_with_full_runs(
     for mask, there in ((LEFT, slice(PAD, None)), (RIGHT, slice(-PAD))):
         a_padded_row_is_that_row_alone(model, mask, there)
     a_saved_model_is_the_same_bit_for_bit(model, tmp_path / "saved")
+    a_file_agrees_at_other_shapes(model, tmp_path / "model.onnx")
 
 
 def every_layer_is_another_spec(model: Any) -> None:
@@ -153,3 +154,14 @@ def a_saved_model_is_the_same_bit_for_bit(model: Any, folder: Path) -> None:
     again: Any = rewriter.load(folder)
     again.set_attn_implementation(model.config._attn_implementation)
     assert torch.equal(run(again, TOKENS, LEFT), run(model, TOKENS, LEFT))
+
+
+def a_file_agrees_at_other_shapes(model: Any, path: Path) -> None:
+    place = (LEFT.cumsum(-1) - 1).clamp_min(0)
+    inputs = {"input_ids": TOKENS * LEFT, "attention_mask": LEFT, "position_ids": place}
+    with rewriter.give(model, labels=LABELS):
+        report = rewriter.export_onnx(model, inputs | {"use_cache": False}, path)
+    assert (report.sites, report.rewritten) == (7, 7)
+    assert "labels" in report.inputs
+    assert len({check.shapes["input_ids"] for check in report.checks}) > 2
+    assert max(check.error for check in report.checks) < 1e-5
