@@ -48,15 +48,14 @@ def decoded(
     spec: LinearSpec, q: Tensor, k: Tensor, v: Tensor, ends: Sequence[int], name: str
 ) -> Tensor:
     """Calls that end at `ends`; each goes on from the state that the one before left."""
-    outs, past, start = [], None, 0
+    outs, past, start = [], [k[:, :, :0], v[:, :, :0]], 0
     for end in ends:
-        full = k[:, :, :end].clone()
+        full = [k[:, :, :end].clone(), v[:, :, :end].clone()]
         with torch.no_grad():
             outs.append(
                 torch.ops.rewriter.attention.default(
                     q[:, :, start:end],
-                    full,
-                    v[:, :, :end],
+                    *full,
                     [],
                     [],
                     spec.to_json(),

@@ -81,13 +81,12 @@ def test_decoding_equals_the_prefill_to_1e_5_in_float32_whatever_the_window(wind
     q, k, v = (torch.randn(1, H, 12, D) for _ in range(3))
     with torch.no_grad():
         whole = attention(q, k, v, maps, [], spec, "torch")
-        past = None
+        past = [k[:, :, :0], v[:, :, :0]]
         for n in range(12):
-            full, row = k[:, :, : n + 1].clone(), slice(n, n + 1)
+            full, row = [x[:, :, : n + 1].clone() for x in (k, v)], slice(n, n + 1)
             step = torch.ops.rewriter.attention.default(
                 q[:, :, row],
-                full,
-                v[:, :, : n + 1],
+                *full,
                 maps,
                 [],
                 spec.to_json(),
