@@ -34,13 +34,13 @@ from variants_rows import DECODES, EAGER, HEADS, ROWS, Row
 from variants_targets import Found, table_of_targets
 
 LENGTHS = (512, 2048, 8192, 32768)
-ROUNDS = ((512, 15), (2048, 9), (4096, 5), (16384, 2))
-"""How often every row runs, up to a length; beyond, once."""
+ROUNDS = ((512, 15), (2048, 9), (4096, 5))
+"""How often every row runs, up to a length; beyond, twice."""
 LONGEST_EAGER = 8192
 
 
 def rounds_of(n: int) -> int:
-    return next((count for most, count in ROUNDS if n <= most), 1)
+    return next((count for most, count in ROUNDS if n <= most), 2)
 
 
 def wanted(only: str, row: Row) -> bool:

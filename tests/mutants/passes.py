@@ -40,8 +40,8 @@ def instead_of(kind: type[Pass], name: str, expected: str, breaks: str = "") -> 
     return add
 
 
-def near(self: Any, spec: SoftmaxSpec, *, more: int = 0) -> Any:
-    position, causal = query_position(spec)
+def near(self: Any, site: Site, spec: SoftmaxSpec, *, more: int = 0) -> Any:
+    position, causal = query_position(site, spec)
     back = position - k
     return (back if causal else sym.Where(back >= 0, back, -back)) < self.window + more
 
@@ -54,31 +54,33 @@ def self_only(site: Site) -> None:
 @instead_of(SlidingWindow, "a window of w + 1 keys", "meaning", "the query itself not counted")
 def window_wider(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
-    return replace(spec, mask=spec.mask & (near(self, spec, more=1) | (k < self.sinks)))
+    return replace(spec, mask=spec.mask & (near(self, site, spec, more=1) | (k < self.sinks)))
 
 
 @instead_of(SlidingWindow, "a window without its sinks", "meaning")
 def window_without_sinks(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
-    return replace(spec, mask=spec.mask & near(self, spec))
+    return replace(spec, mask=spec.mask & near(self, site, spec))
 
 
 @instead_of(SlidingWindow, "a window with one sink more", "meaning", "k <= sinks")
 def window_more_sinks(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
-    return replace(spec, mask=spec.mask & (near(self, spec) | (k < self.sinks + (self.sinks > 0))))
+    return replace(
+        spec, mask=spec.mask & (near(self, site, spec) | (k < self.sinks + (self.sinks > 0)))
+    )
 
 
 @instead_of(SlidingWindow, "sinks beyond the mask of the model", "future", "they see the future")
 def sinks_unmasked(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
-    return replace(spec, mask=(spec.mask & near(self, spec)) | (k < self.sinks))
+    return replace(spec, mask=(spec.mask & near(self, site, spec)) | (k < self.sinks))
 
 
 @instead_of(SlidingWindow, "a window instead of the mask", "identity", "the old mask is replaced")
 def mask_replaced(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
-    return replace(spec, mask=near(self, spec) | (k < self.sinks)).without_unused()
+    return replace(spec, mask=near(self, site, spec) | (k < self.sinks)).without_unused()
 
 
 @instead_of(SlidingWindow, "a window that ignores the cache", "law: decode", "q for q + M - L")
@@ -91,13 +93,13 @@ def cache_ignored(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
 
 @instead_of(SlidingWindow, "a window on cross-attention", "declines", "without common positions")
 def window_on_cross(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
-    return replace(spec, mask=spec.mask & (near(self, spec) | (k < self.sinks)))
+    return replace(spec, mask=spec.mask & (near(self, site, spec) | (k < self.sinks)))
 
 
 @instead_of(SlidingWindow, "a window of blocks", "meaning", "keys of the query's own block only")
 def block_window(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     self_only(site)
-    position, _ = query_position(spec)
+    position, _ = query_position(site, spec)
     start = sym.IDiv(position, self.window) * self.window
     return replace(spec, mask=spec.mask & ((k >= start) | (k < self.sinks)))
 
