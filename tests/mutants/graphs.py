@@ -99,20 +99,20 @@ _operands, _shaped, _size = insert._operands, insert._Maker.shaped, insert._Make
 
 
 @planted(insert, "_operands", "keys without their values in another order")
-def swapped(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def swapped(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     return q, maker.call(torch.ops.aten.flip.default, (k, [2])), v, tensors, sizes
 
 
 @planted(insert, "_operands", "keys as values in the graph")
-def keys_as_values(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, _, tensors, sizes = _operands(maker, lifted, spec)
+def keys_as_values(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, _, tensors, sizes = _operands(maker, lifted, spec, model)
     return q, k, k, tensors, sizes
 
 
 @planted(insert, "_operands", "key heads in another order")
-def heads_flipped(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def heads_flipped(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     k, v = (maker.call(torch.ops.aten.flip.default, (x, [1])) for x in (k, v))
     return q, k, v, tensors, sizes
 
@@ -121,8 +121,8 @@ _FIRST: dict[int, Any] = {}
 
 
 @planted(insert, "_operands", "values of another layer", "the first layer's, in every layer")
-def values_of_first_layer(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def values_of_first_layer(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     return q, k, _FIRST.setdefault(id(maker.graph), v), tensors, sizes
 
 
@@ -130,14 +130,14 @@ _TENSORS: dict[int, Any] = {}
 
 
 @planted(insert, "_operands", "slopes of another layer", "the tensors of another site")
-def tensors_of_first_layer(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def tensors_of_first_layer(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     return q, k, v, _TENSORS.setdefault(id(maker.graph), tensors), sizes
 
 
 @planted(insert, "_operands", "padding frozen at capture", "a mask folded into a constant")
-def padding_frozen(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def padding_frozen(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     new = [
         maker.call(torch.ops.aten.ones_like.default, (t,))
         if t.meta["val"].dtype == torch.bool
@@ -148,15 +148,15 @@ def padding_frozen(maker: Any, lifted: Any, spec: Any) -> Any:
 
 
 @planted(insert, "_operands", "gradient of a captured tensor cut", "detached", "verify: gradient")
-def tensors_detached(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def tensors_detached(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     new = [maker.call(torch.ops.aten.detach.default, (t,)) for t in tensors]
     return q, k, v, new, sizes
 
 
 @planted(insert, "_operands", "gradient of the keys cut", "keys detached", "verify: gradient")
-def keys_detached(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def keys_detached(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     return q, maker.call(torch.ops.aten.detach.default, (k,)), v, tensors, sizes
 
 
@@ -167,8 +167,8 @@ def keys_detached(maker: Any, lifted: Any, spec: Any) -> Any:
     "a stale size",
     expected="another length: output",
 )
-def stale_length(maker: Any, lifted: Any, spec: Any) -> Any:
-    q, k, v, tensors, sizes = _operands(maker, lifted, spec)
+def stale_length(maker: Any, lifted: Any, spec: Any, model: Any = None) -> Any:
+    q, k, v, tensors, sizes = _operands(maker, lifted, spec, model)
     hint = value_of(k).shape[2]
     hint = int(hint.node.hint) if isinstance(hint, torch.SymInt) else int(hint)
     with_hint = [
@@ -198,14 +198,16 @@ _SPECS: dict[int, Any] = {}
 
 
 @planted(assemble, "insert", "formula of another layer", "layers told apart by their shapes only")
-def spec_of_first_layer(captured: Captured, lifted: Any, spec: Any, target: str) -> Any:
+def spec_of_first_layer(
+    captured: Captured, lifted: Any, spec: Any, target: str, model: Any = None
+) -> Any:
     first = _SPECS.setdefault(id(captured.graph), spec)
     same = [t.name for t in first.tensors] == [t.name for t in spec.tensors]
     names = {t.name: t for t in spec.tensors}
     if not same:
         first = replace(spec, scale=first.scale)
     assert names
-    return _insert(captured, lifted, first, target)
+    return _insert(captured, lifted, first, target, model)
 
 
 @planted(Captured, "overwritten", "write in place not seen", in_place=True)
