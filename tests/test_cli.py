@@ -181,9 +181,7 @@ def test_export_writes_a_file_that_onnx_runtime_has_run(
     assert (tmp_path / "model.onnx").stat().st_size == done.json["bytes"]
 
 
-def test_a_state_that_no_site_has_is_refused(
-    run: Command, encoder: Path, tmp_path: Path
-) -> None:
+def test_a_state_that_no_site_has_is_refused(run: Command, encoder: Path, tmp_path: Path) -> None:
     done = run("export", encoder, "--onnx", tmp_path / "model.onnx", "--state")
     assert done.code == 2
     assert "no causal linear attention" in done.err
