@@ -149,6 +149,8 @@ class _Copier:
             twin = copy.deepcopy(model, memo)
         finally:
             model.__dict__["__deepcopy__"] = own
+        if model._compiled_call_impl is None:  # set aside, to run the original for a while
+            return twin
         _install(twin, State(state.requests, state.target, only=state.only))
         given_to(twin).gifts.extend(given_to(model).gifts)
         return twin

@@ -56,6 +56,14 @@ def fault(found: Outcomes, check: str) -> str:
     return row(found, check).reason
 
 
+def test_a_model_that_is_optimized_already_is_taken_as_it_was() -> None:
+    model = optimize(Attention(), "heads.gate", inputs=torch.randn(2, 5, 8))
+    plain = module._plain(model)
+    assert requests_of(plain) == ()
+    assert [name for name, _ in plain.named_parameters() if name.startswith("rewriter.")] == []
+    assert requests_of(model) != ()
+
+
 # --- honest models -------------------------------------------------------------------------------
 
 
