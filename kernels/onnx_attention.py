@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from rewriter.beside import SITE
 from rewriter.families import from_json
 from rewriter.kernels.onnx_linear import linear_form, stateful_form
+from rewriter.kernels.onnx_routes import block_sums, has_sums, summaries
 from rewriter.kernels.onnx_site import SiteWriter
 from rewriter.kernels.onnx_softmax import softmax_form
 from rewriter.kernels.onnx_stages import finished
@@ -26,7 +27,8 @@ __all__ = ["inline_attention"]
 def inline_attention(graph_module: GraphModule, states: States | None = None) -> int:
     """Replaces every attention op node by primitive ATen ops; returns how many there were.
 
-    What is kept beside a KV cache in torch is computed from the keys: a file has no such memory.
+    What torch keeps beside a KV cache is computed from all keys, unless it is handed on: a file has
+    no memory.
 
     Args:
         graph_module: a graph whose nodes carry fake values in `meta["val"]`; changed in place.
@@ -53,12 +55,17 @@ def inline_attention(graph_module: GraphModule, states: States | None = None) ->
 
 def _product(site: SiteWriter, spec: Spec, states: States | None, name: str) -> Node:
     """Weights times values, `[B, Hq, L, Dv]` in the dtype of v."""
+    handed = states if name else None
     if isinstance(spec, LinearSpec):
-        if states is not None and name and has_state(site, spec):
-            new = recent(site, states)
-            out, state = stateful_form(new, spec, states.past.get(name))
-            states.hand_on(name, state)
+        if handed is not None and has_state(site, spec):
+            new = recent(site, handed)
+            out, state = stateful_form(new, spec, handed.past.get(name))
+            handed.hand_on(name, state)
             return out
         return linear_form(site, spec)
     assert isinstance(spec, SoftmaxSpec)
+    if handed is not None and has_sums(site, spec):
+        sums = block_sums(site, spec, recent(site, handed), handed.past.get(name))
+        handed.hand_on(name, summaries(site, spec, sums))
+        return softmax_form(site, spec, sums)
     return softmax_form(site, spec)

@@ -13,31 +13,97 @@ import torch
 from torch.fx import Node
 
 from rewriter import symbols as sym
-from rewriter.kernels.onnx_formulas import Formulas
+from rewriter.kernels.onnx_formulas import Formulas, Value
 from rewriter.kernels.onnx_site import SiteWriter
+from rewriter.kernels.onnx_state import is_last
 from rewriter.reference_routes import key_terms
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.stages import Route
 
-__all__ = ["routed_keys"]
+__all__ = ["block_sums", "has_sums", "routed_keys", "summaries"]
 
 aten = torch.ops.aten
+_END = torch.iinfo(torch.int64).max
 
 
-def routed_keys(site: SiteWriter, spec: SoftmaxSpec) -> Node | None:
+def routed_keys(site: SiteWriter, spec: SoftmaxSpec, sums: Node | None = None) -> Node | None:
     """True where the route lets query q see key k, broadcasts to `[B, Hq, L, M]`; None if it lets
-    it see every key. What the mask hides may be True here."""
+    it see every key. What the mask hides may be True here.
+
+    sums: those of `block_sums`, if they are known.
+    """
     route = spec.route
     assert route is not None
-    there = site.formula(key_terms(spec.mask))
-    there = site.full_rank(there) if site.write.is_tensor(there) else None  # [., ., 1, M]
+    there = _there(site, spec)
     if route.by == "region":
         return _by_region(site, route, there)
-    return _by_query(site, route, there)
+    if sums is None and route.topk > 1:
+        sums = block_sums(site, spec)
+    return _by_query(site, route, there, sums)
 
 
-def _by_query(site: SiteWriter, route: Route, there: Node | None) -> Node:
-    write, formula = site.write, site.formula
+def block_sums(
+    site: SiteWriter, spec: SoftmaxSpec, new: SiteWriter | None = None, past: Node | None = None
+) -> Node:
+    """The sum of the keys of each block `[B, H, C, D]` in float32, 0 for the last `topk - 1`, which
+    hold none; H is that of the mask where that differs by head.
+
+    Args:
+        new: the same site with its last keys alone, which are to be added to `past`; None: all.
+        past: the sums before those keys, of no more blocks than now.
+    """
+    write, route, keys = site.write, spec.route, (new or site).k
+    assert route is not None
+    there = _there(site, spec)
+    number = _numbers(site, there)
+    if new is not None:
+        first = site.add(site.extent["k"], site.mul(new.extent["k"], -1))
+        number = write(aten.slice.Tensor, number, -1, first, _END)
+        there = there and write(aten.slice.Tensor, there, -1, first, _END)
+    blocks = _blocks(site, route)
+    member = write(aten.eq.Tensor, _block(site, number, route), _column(site, blocks))
+    sums = _sums(site, write.to(keys, torch.float32), member, there)
+    if past is None:
+        return sums
+    more = site.add(blocks, site.mul(write.size(past, 2), -1))
+    return write(aten.add.Tensor, write(aten.constant_pad_nd.default, past, [0, 0, 0, more]), sums)
+
+
+def summaries(site: SiteWriter, spec: SoftmaxSpec, sums: Node) -> Node:
+    """The sums of the blocks that hold keys: what `block_sums` takes of earlier keys."""
+    route = spec.route
+    assert route is not None
+    end = site.add(_blocks(site, route), 1 - route.topk)
+    return site.write(aten.slice.Tensor, sums, 2, 0, end)
+
+
+def has_sums(site: SiteWriter, spec: Spec) -> bool:
+    """Blocks of cached keys are chosen from, by the sums of their keys alone."""
+    if not isinstance(spec, SoftmaxSpec) or spec.route is None or spec.route.topk == 1:
+        return False
+    is_cached = not site.write.same_size(site.k, 2, site.extent["q"])
+    return spec.route.by == "query" and is_cached and is_last(site, spec.route.position)
+
+
+def _there(site: SiteWriter, spec: SoftmaxSpec) -> Node | None:
+    """The keys that are counted, `[., ., 1, M]`; None: all are."""
+    there = site.formula(key_terms(spec.mask))
+    return site.full_rank(there) if site.write.is_tensor(there) else None
+
+
+def _blocks(site: SiteWriter, route: Route) -> Node:
+    """How many blocks the keys make if all are counted, and `topk - 1` more: `TopK` then finds as
+    many however few keys there are. Two at least, so that torch takes no size for 1."""
+    whole = site.formula.divide("IDiv", site.add(site.extent["k"], route.block - 1), route.block)
+    return cast(Node, site.add(whole, route.topk - 1))
+
+
+def _column(site: SiteWriter, count: Value) -> Node:
+    return site.write(aten.reshape.default, site.count(count), [-1, 1])
+
+
+def _by_query(site: SiteWriter, route: Route, there: Node | None, sums: Node | None) -> Node:
+    write = site.write
     number = _numbers(site, there)  # [M], or [., ., 1, M]
     last = _last(site, route, number)
     block = _block(site, number, route)
@@ -46,20 +112,25 @@ def _by_query(site: SiteWriter, route: Route, there: Node | None) -> Node:
     if route.dense_below:
         dense = write(aten.lt.Scalar, last, route.dense_below)
         result = write(aten.logical_or.default, result, dense)
-    if route.topk == 1:
+    if sums is None:
         return result
-    # some blocks more than there are, so that TopK finds topk - 1 however short the keys
-    whole = formula.divide("IDiv", site.add(site.extent["k"], route.block - 1), route.block)
-    blocks = site.count(site.add(whole, route.topk - 1))
-    column = write(aten.reshape.default, blocks, [-1, 1])
-    means = _means(
-        site, write.to(site.k, torch.float32), write(aten.eq.Tensor, block, column), there
-    )
+    means = write(aten.div.Tensor, sums, _counts(site, route, there))
     affinity = site.grouped(write.to(site.q, torch.float32), site.turned(means))  # [B, Hq, L, C]
-    earlier = write(aten.lt.Tensor, blocks, own)
+    earlier = write(aten.lt.Tensor, site.count(_blocks(site, route)), own)
     affinity = site.where(earlier, affinity, -torch.inf)
     best = _chosen(site, affinity, route.topk - 1)
     return write(aten.logical_or.default, result, _spread(site, best, block))
+
+
+def _counts(site: SiteWriter, route: Route, there: Node | None) -> Node:
+    """How many keys each block holds, at least 1, broadcasts to `[B, H, C, 1]` in float32."""
+    write = site.write
+    start = write(aten.mul.Tensor, _column(site, _blocks(site, route)), route.block)
+    total = site.extent["k"]
+    if there is not None:
+        total = write(aten.sum.dim_IntList, write.to(there, torch.int64), [-1], True)
+    left = site.add(site.mul(start, -1), total)
+    return write.to(write(aten.clamp.default, left, 1, route.block), torch.float32)
 
 
 def _numbers(site: SiteWriter, there: Node | None) -> Node:
@@ -89,19 +160,25 @@ def _block(site: SiteWriter, number: Node, route: Route) -> Node:
     return site.write(aten.div.Tensor_mode, least, route.block, rounding_mode="floor")
 
 
-def _means(site: SiteWriter, rows: Node, member: Node, there: Node | None) -> Node:
-    """The mean row of each group `[B, H, C, D]` of rows `[B, H, N, D]` that are there.
+def _sums(site: SiteWriter, rows: Node, member: Node, there: Node | None) -> Node:
+    """The sum of each group `[B, H, C, D]` of rows `[B, H, N, D]` that are there.
 
     member `[..., C, N]` says what is in a group; H is that of `there`, where it differs by head.
     """
     write = site.write
     if there is not None:
         member = write(aten.logical_and.default, member, there)
-    member = write.to(member, torch.float32)
     if site.differs_by_head(member):
         rows = site.repeated(rows)
-    total = write(aten.matmul.default, member, rows)
-    count = write(aten.sum.dim_IntList, member, [-1], True)
+    return write(aten.matmul.default, write.to(member, torch.float32), rows)
+
+
+def _means(site: SiteWriter, rows: Node, member: Node, there: Node | None) -> Node:
+    """The mean of each group, as in `_sums`."""
+    write = site.write
+    counted = member if there is None else write(aten.logical_and.default, member, there)
+    count = write(aten.sum.dim_IntList, write.to(counted, torch.float32), [-1], True)
+    total = _sums(site, rows, member, there)
     return write(aten.div.Tensor, total, write(aten.clamp_min.default, count, 1.0))
 
 
@@ -139,8 +216,7 @@ def _by_region(site: SiteWriter, route: Route, there: Node | None) -> Node | Non
 
     inside = None if there is None else grid(there, 3)
     region = _regions(site, route)
-    column = write(aten.reshape.default, site.count(down * across), [-1, 1])
-    member = write(aten.eq.Tensor, region, column)  # [R, N]
+    member = write(aten.eq.Tensor, region, _column(site, down * across))  # [R, N]
     queries = _means(site, grid(write.to(site.q, torch.float32), 2), member, None)
     keys = _means(site, grid(write.to(site.k, torch.float32), 2), member, inside)
     affinity = site.grouped(queries, site.turned(keys))

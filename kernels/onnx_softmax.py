@@ -16,9 +16,11 @@ __all__ = ["softmax_form"]
 aten = torch.ops.aten
 
 
-def softmax_form(site: SiteWriter, spec: SoftmaxSpec) -> Node:
+def softmax_form(site: SiteWriter, spec: SoftmaxSpec, sums: Node | None = None) -> Node:
     """The attention before the local term, the factor of the heads and the patch, `[B, Hq, L, Dv]`
     in the dtype of v.
+
+    sums: of the keys of each block of the route, if they are known.
 
     Raises:
         ExportError: if weights are dropped.
@@ -29,7 +31,7 @@ def softmax_form(site: SiteWriter, spec: SoftmaxSpec) -> Node:
         )
     write = site.write
     score = _score(site, spec)
-    seen = _seen(site, spec)
+    seen = _seen(site, spec, sums)
     if seen is not None:
         score = _masked(site, seen, spec, score)
     weights = _softmax(site, spec, score)
@@ -56,13 +58,13 @@ def _score(site: SiteWriter, spec: SoftmaxSpec) -> Node:
     return found
 
 
-def _seen(site: SiteWriter, spec: SoftmaxSpec) -> Node | None:
+def _seen(site: SiteWriter, spec: SoftmaxSpec, sums: Node | None) -> Node | None:
     """The keys that a query sees, as truth values that broadcast; None if it sees all."""
     write = site.write
     seen = (
         None if spec.is_unmasked else write.tensor(site.formula(spec.mask), torch.bool, site.device)
     )
-    routed = None if spec.route is None else routed_keys(site, spec)
+    routed = None if spec.route is None else routed_keys(site, spec, sums)
     if seen is None or routed is None:
         return seen if routed is None else routed
     return write(aten.logical_and.default, seen, routed)

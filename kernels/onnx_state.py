@@ -1,4 +1,4 @@
-"""Linear attention whose state comes in and goes out: only the new keys of a call are worked on."""
+"""Attention whose state comes in and goes out: only the new keys of a call are added to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewriter.kernels.onnx_site import SiteWriter
 from rewriter.linear import LinearSpec
 from rewriter.spec import Spec
 
-__all__ = ["States", "has_state", "recent"]
+__all__ = ["States", "has_state", "is_last", "recent"]
 
 aten = torch.ops.aten
 _END = torch.iinfo(torch.int64).max
@@ -24,16 +24,16 @@ _END = torch.iinfo(torch.int64).max
 
 @dataclass
 class States:
-    """The states of the linear sites of a graph, by the name of the site."""
+    """The states of a graph, by the name of the site."""
 
     past: dict[str, Node] = field(default_factory=dict)
-    """Before the call, `[B, H, P, Dv]`; 0 where there is none."""
+    """Before the call, linear `[B, H, P, Dv]`, routed `[B, H, C, D]`; 0 where there is none."""
     results: dict[str, Node] = field(default_factory=dict)
     """Copies of something, which are to be copies of the states after the call."""
     present: dict[str, Node] = field(default_factory=dict)
     """The states after the call, as they are written."""
     caches: set[str] = field(default_factory=set)
-    """Names of the inputs that hold cached keys and values, in whose place the states stand."""
+    """Names of the inputs that hold cached keys and values of these sites."""
 
     def hand_on(self, name: str, state: Node) -> None:
         """Keeps the state of a site."""
@@ -48,7 +48,11 @@ def has_state(site: SiteWriter, spec: Spec) -> bool:
         return False
     if site.write.value(site.q).dtype == torch.float64:
         return False
-    position = spec.position
+    return is_last(site, spec.position)
+
+
+def is_last(site: SiteWriter, position: sympy.Expr) -> bool:
+    """The queries stand at the last keys: those of this call, behind what is cached."""
     if site.write.same_size(site.k, 2, site.extent["q"]):
         position = cast(Any, position.subs(sym.M, sym.L))
         return bool(position == sym.q)

@@ -50,11 +50,11 @@ def groups_of(x: Tensor, labels: Tensor, *, dims: tuple[int, ...], tau: float) -
 
     A sample without a visual sink has no groups: nothing is moved, text sinks or not.
     """
-    length = min(labels.shape[1], x.shape[1])
-    place = torch.arange(x.shape[1], device=x.device)
-    is_sink = (sink_value(x, dims) > tau) & (place < length)  # generated tokens are never tested
-    found = torch.zeros_like(is_sink)
-    found[:, :length] = labels[:, :length] == 1
+    length = x.shape[1]
+    place = torch.arange(length, device=x.device)
+    is_sink = sink_value(x, dims) > tau
+    is_sink &= place < labels.shape[1]  # generated tokens are never tested
+    found = torch.nn.functional.pad(labels, (0, length))[:, :length] == 1
     group = torch.where(found, VISUAL, OTHER)
     group = torch.where(is_sink, torch.where(found, VISUAL_SINK, TEXT_SINK), group)
     return group * (group == VISUAL_SINK).any(1, keepdim=True)

@@ -98,6 +98,10 @@ class Captured:
     given: dict[str, fx.Node] = field(default_factory=dict)
     """Inputs of an exported graph that hold what the user gives to passes: `labels`, and
     `patches.<site>`."""
+    past: dict[str, fx.Node] = field(default_factory=dict)
+    """Inputs of an exported graph that hold the states of earlier calls, by name."""
+    present: dict[str, fx.Node] | None = None
+    """What passes leave in it for the next call, by name; None if it hands nothing on."""
     without_grad: frozenset[fx.Node] = frozenset()
     """Nodes in a region that records no gradient, in a graph that does."""
     autocast: dict[fx.Node, torch.dtype] = field(default_factory=dict)

@@ -261,7 +261,7 @@ def export_command(
     batch: Batch = 2,
     length: Length = 16,
     state: Annotated[
-        bool, typer.Option("--state", help="Hand the states of linear attention on, call by call.")
+        bool, typer.Option("--state", help="Hand states on, call by call: linear sums, block sums, labels.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,

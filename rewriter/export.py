@@ -122,10 +122,12 @@ def export_onnx(
         overwrite: replace a file that exists.
         tolerance: largest difference from torch, as a part of the largest value of an output.
             Default 1e-4, in float16 2e-2.
-        state: the file hands the state of causal linear attention on, as input
-            `past_state.<site>` (0 before the first token) and output `present_state.<site>`, in the
-            place of cached keys and values. A model that numbers its tokens has to be told where
-            they stand: by a cache of other sites, an attention mask, or positions among the inputs.
+        state: the file hands states on, as input `past_state.<site>` and output
+            `present_state.<site>`. That of causal linear attention (0 before the first token)
+            stands in the place of cached keys and values. A model that numbers its tokens has to be
+            told where they stand: by a cache of other sites, an attention mask, or positions among
+            the inputs. Of attention that chooses blocks of cached keys by query, it is the sum of
+            the keys of each block (of no block before the first token).
 
     Raises:
         InputError: if the path exists or cannot be written to, or inputs do not fit the model.
@@ -170,21 +172,22 @@ def _calls(
     model: nn.Module, inputs: Any, check_inputs: Sequence[Any], state: bool, dynamic: bool
 ) -> tuple[GivenCall, list[GivenCall]]:
     """The call to export and those to compare at, with the states that they take."""
-    shapes: dict[str, Sequence[int]] = {}
+    left: dict[str, Tensor] = {}
     if state:  # a first export says which there are
-        call = GivenCall(model, inputs)
-        example = widened(call) if dynamic else call.tree.tensors
-        program, outputs = program_of(call, example, dynamic)
-        found = _rewrite(call, program, outputs, state).states.present
-        shapes = {site: node.meta["val"].shape[1:] for site, node in found.items()}
-        if not shapes:
+        first = StateCall(model, inputs, {})
+        example = widened(first) if dynamic else first.tree.tensors
+        program, outputs = program_of(first, example, dynamic)
+        found = _rewrite(first, program, outputs, state).states.present
+        left = {name: node.meta["val"] for name, node in found.items()}
+        if not left:
             raise InputError(
-                "state=True, and no causal linear attention of this model has a state to hand on; "
-                "leave it out, or rewrite sites with such a pass"
+                "state=True, and no site of this model has a state to hand on: causal linear "
+                "attention has one, and attention that chooses among blocks of cached keys, if the "
+                "inputs hold a cache; leave it out, or rewrite sites with such a pass"
             )
 
     def made(given: Any, like: GivenCall | None = None) -> GivenCall:
-        return StateCall(model, given, shapes, like) if state else GivenCall(model, given, like)
+        return StateCall(model, given, left, like) if state else GivenCall(model, given, like)
 
     call = made(inputs)
     others = [made(x, call) for x in check_inputs]
@@ -214,9 +217,13 @@ def _rewrite(call: GivenCall, program: Any, outputs: Sequence[str], state: bool)
     requests = (*requests_of(call.model), *read_requests(["fuse(from_scores=0)"]))
     captured = from_exported(program)
     captured.given |= given_nodes(call, program)
+    states = states_of(captured.given, program, outputs)
+    if state:
+        captured.past, captured.present = states.past, {}
     # the dense form takes every spec, whatever the kernels of this machine take
     reports = rewrite_graph(captured, call.model, requests, "reference")
-    states = states_of(captured.given, program, outputs)
+    for name, node in (captured.present or {}).items():
+        states.hand_on(name, node)
     count = inline_attention(program.graph_module, states if state else None)
     for node in program.graph.nodes:
         value = getattr(program.graph_module, str(node.target), None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["GivenCall", "given_nodes", "measured_elsewhere", "without_unused"]
+__all__ = ["LABELS", "GivenCall", "given_nodes", "measured_elsewhere", "without_unused"]
 
 LABELS, PATCHES = "labels", "patches."
 
@@ -75,7 +75,8 @@ class GivenCall(Call):
         return {name: x.detach().clone() for name, x in found.items()}
 
     def _labels(self, labels: Tensor, like: GivenCall | None) -> Tensor:
-        length = labels.shape[1] if self.length is None else self.length
+        most = self._most_labels()
+        length = labels.shape[1] if most is None else most
         if like is None and (labels.shape[0] not in (1, self.rows) or labels.shape[1] > length):
             raise InputError(
                 f"labels of shape {tuple(labels.shape)} were given, and the inputs of the export "
@@ -84,6 +85,10 @@ class GivenCall(Call):
         if like is None or labels.shape[1] != like.length:  # of a prompt, which may be shorter
             length = min(length, labels.shape[1])
         return resized(labels, (self.rows, length))
+
+    def _most_labels(self) -> int | None:
+        """How many tokens may have labels; None: any number."""
+        return self.length
 
     def __call__(
         self, tensors: Sequence[Tensor], forward: Callable[..., Any] | None = None

@@ -1,8 +1,12 @@
 """Files that hand a state on: what a call leaves behind is an output, and an input of the next.
 
-A causal linear site needs of earlier tokens one sum of a fixed size. With it as input
-`past_state.<site>` and output `present_state.<site>` (in float32, all 0 before the first token) its
-keys and values are cached no more, and a token costs the same after any number of others.
+It is the input `past_state.<site>` and the output `present_state.<site>`. A causal linear site
+needs of earlier tokens one sum of a fixed size, `[B, H, P, Dv]` in float32, all 0 before the first
+token: its keys and values are cached no more, and a token costs the same after any number of
+others. A site whose queries choose blocks of keys takes beside its cache the sum of the keys of
+each block, `[B, H, C, D]` in float32: it adds the new keys to it instead of averaging all of them
+again. What a pass decides of keys once, with the prompt, is `past_state.<site>.<tensor>`, int64
+`[B, M]`. Before the first token there is no block and no key.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.errors import InputError
-from rewriter.export_given import GivenCall, measured_elsewhere
+from rewriter.export_given import LABELS, GivenCall, measured_elsewhere
 from rewriter.kernels.onnx_state import States
+from rewriter.program import length_axis
 from rewriter.runtime import compare, resized, run_file
 from rewriter.trees import Tree
 
@@ -32,15 +37,45 @@ class StateCall(GivenCall):
         self,
         model: nn.Module,
         inputs: Any,
-        shapes: Mapping[str, Sequence[int]],
+        left: Mapping[str, Tensor],
         like: GivenCall | None = None,
     ) -> None:
+        """left: what a call leaves behind, by name, with symbolic sizes."""
         super().__init__(model, inputs, like)
-        states = {f"{PAST}{site}": torch.zeros(self.rows, *shape) for site, shape in shapes.items()}
+        self.as_long.pop(LABELS, None)  # they are the prompt's in every call
+        counts: dict[str, int] = {}
+        states = {
+            f"{PAST}{name}": self._state(f"{PAST}{name}", left[name], counts) for name in left
+        }
         self.states = tuple(states)
-        self.extra |= dict.fromkeys(states, (0,))
         old = self.tree
         self.tree = Tree((*old.names, *states), (*old.tensors, *states.values()), old.build)
+
+    def _state(self, name: str, left: Tensor, counts: dict[str, int]) -> Tensor:
+        """An example; sizes that differ in the graph differ in it too."""
+        grown = [axis for axis, n in enumerate(left.shape) if axis and not isinstance(n, int)]
+        self.extra[name] = (0, *grown)
+        sizes = list(left.shape[1:])
+        for axis in grown:
+            sizes[axis - 1] = counts.setdefault(str(left.shape[axis]), 2 + len(counts))
+        if left.ndim == 2:  # of keys
+            self.as_past[name], sizes = 1, [self._cached()]
+        return torch.zeros(self.rows, *sizes, dtype=left.dtype)
+
+    def _cached(self) -> int:
+        """How many keys there are before the call."""
+        pairs = zip(self.tree.names, self.tree.tensors, strict=True)
+        caches = (x.shape[length_axis(n, x)] for n, x in pairs if n.startswith("past"))
+        return next(caches, 0)
+
+    def _most_labels(self) -> None:
+        return None
+
+    def at_start(self, name: str, state: Tensor) -> Tensor:
+        """The state before the first token."""
+        for axis in self.extra[name][1:]:
+            state = state.narrow(axis, 0, 0)
+        return torch.zeros_like(state)
 
     def handed_on(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         named = dict(zip(self.tree.names, tensors, strict=True))
@@ -130,8 +165,12 @@ class _Pieces:
             axis = axes[name]
             if name in self.caches:
                 whole = first = second = x.narrow(axis, 0, 0)
+            elif name in call.states:
+                whole = first = second = call.at_start(name, x)
+            elif name == LABELS:  # what comes later has none
+                whole = first = second = x[:, :past]
             elif not axis or x.shape[axis] not in (tokens, length):
-                whole = first = second = torch.zeros_like(x) if name in call.states else x
+                whole = first = second = x
             else:
                 is_of_all = x.shape[axis] == length != tokens
                 shape = list(x.shape)

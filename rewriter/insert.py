@@ -11,6 +11,7 @@ import sympy
 import torch
 from sympy import Expr, Symbol
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from rewriter.beside import SITE
 from rewriter.capture import Captured
@@ -122,7 +123,7 @@ class _Maker:
         node.meta |= self.meta
         values = fx.map_arg(args, lambda n: n.meta["val"])
         if self.mode is not None:
-            with self.mode, torch.no_grad():
+            with self.mode, torch.no_grad(), enable_python_dispatcher():
                 node.meta["val"] = target(*values)
         return node
 

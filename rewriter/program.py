@@ -49,6 +49,8 @@ class Call:
         each that may change."""
         self.as_long: dict[str, int] = {}
         """Those of them that are as long as the tokens of the call, along this axis."""
+        self.as_past: dict[str, int] = {}
+        """Those of them that are as long as a cache, along this axis."""
         if not self.tree.tensors:
             raise InputError("the inputs hold no tensor; give what one call of the model takes")
 
@@ -201,8 +203,11 @@ def _tie(call: Call, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> No
     """Tells torch which sizes are one: rows, axes of one argument, and keys = past + new."""
     check: Any = torch._check
     first: dict[Any, Tensor] = {}
-    for root, x, given in zip(call.tree.roots, tensors, example, strict=True):
+    names = zip(call.tree.names, call.tree.roots, tensors, example, strict=True)
+    for name, root, x, given in names:
         for axis, size in enumerate(given.shape):
+            if axis not in call.extra.get(name, (axis,)):  # fixed
+                continue
             key = ("rows", size) if axis == 0 else (root, x.ndim, axis, size)
             check(first.setdefault(key, x).shape[axis] == x.shape[axis])
     nested: list[tuple[Any, int]] = []
@@ -211,6 +216,8 @@ def _tie(call: Call, tensors: Sequence[Tensor], example: Sequence[Tensor]) -> No
         if name in call.extra:
             if name in call.as_long:
                 check(plain[0][0] == x.shape[call.as_long[name]])
+            if name in call.as_past:
+                check(nested[0][0] == x.shape[call.as_past[name]])
             continue
         axis = length_axis(name, given)
         if axis:
@@ -256,15 +263,13 @@ def _axis_name(root: str, axis: int, rank: int) -> str:
     if axis == 0:
         return "batch"
     if root.startswith("past") and axis == rank - 2:
-        return "past_length"
+        return "past_blocks" if root == "past_state" else "past_length"
     return "length" if axis == 1 and rank in (2, 3) else f"{root}_{axis}"
 
 
 def _free(name: str, root: str, axis: int, taken: Any) -> str:
-    if name not in taken:
-        return name
-    name = f"{root}_{name}"
-    return name if name not in taken else f"{name}_{axis}"
+    numbered = (f"{root}_{name}_{i}" for i in itertools.count(axis))
+    return next(x for x in itertools.chain((name, f"{root}_{name}"), numbered) if x not in taken)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class Programs:
         taps = [self._tap(tap) for tap in source.taps]
         parameters = [self._parameter(arg.name, wanted) for wanted in source.parameters]
         if self.captured.is_exported:
-            return self._of_keys(source, self._traced(source, (*taps, *parameters)))
+            return self._of_keys(arg, self._traced(source, (*taps, *parameters)))
         if source.later is None:
             return self.call(self._program(arg.name, source), (*taps, *parameters))
         full, past = (
@@ -66,22 +66,39 @@ class Programs:
         run = self._kept(arg)
         return self.call(run, (full, past, self.operands["k"], *taps, *parameters))
 
-    def _of_keys(self, source: Source, value: fx.Node) -> fx.Node:
+    def _of_keys(self, arg: TensorArg, value: fx.Node) -> fx.Node:
         """In an exported graph: what the prompt decides, for all its keys."""
+        source = cast(Source, arg.source)
         if source.later is None:
             return value
         keys = self.operands["k"]
         if self.link is not None and statically_known_true(value_of(self.link.past).numel() != 0):
-            raise InputError(
-                f"{self.site}: what a pass says of cached keys is decided with the prompt, and a "
-                "file has no memory of it; export inputs without a cache"
-            )
+            return self._handed_on(f"{self.site}.{arg.name}", value, source.later)
         more = value_of(keys).shape[2] - value_of(value).shape[1]
         if statically_known_true(more == 0):
             return value
         sizes = (self.call(aten.sym_size.int, (x, d)) for x, d in ((keys, 2), (value, 1)))
         missing = self.call(operator.sub, tuple(sizes))
         return self.call(aten.constant_pad_nd.default, (value, [0, missing], source.later))
+
+    def _handed_on(self, name: str, value: fx.Node, later: int) -> fx.Node:
+        """In an exported graph with a cache: what earlier calls decided, and behind it the value of
+        this call's keys, which is `later` unless they are the first."""
+        captured, call = self.captured, self.call
+        if captured.present is None:
+            raise InputError(
+                f"{self.site}: what a pass says of cached keys is decided with the prompt, and a "
+                "file has no memory of it; export with state=True, or inputs without a cache"
+            )
+        batch, length = (call(aten.sym_size.int, (self.operands["q"], d)) for d in (0, 2))
+        cached = call(operator.sub, (call(aten.sym_size.int, (self.operands["k"], 2)), length))
+        past = captured.past.get(name) or call(aten.new_zeros.default, (value, [batch, cached]))
+        new = call(aten.constant_pad_nd.default, (value, [0, length], later))
+        new = call(aten.slice.Tensor, (new, 1, 0, length))
+        is_first = call(aten.eq.Scalar, (call(aten.scalar_tensor.default, (cached,)), 0))
+        new = call(aten.where.ScalarOther, (is_first, new, later))
+        captured.present[name] = call(aten.cat.default, ([past, new], 1))
+        return captured.present[name]
 
     # --- functions that run in the graph ----------------------------------------------------------
 
