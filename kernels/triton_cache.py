@@ -1,7 +1,7 @@
-"""From the text of a generated kernel to a function: a file in a cache folder, imported.
+"""From a generated file to a module: written to a cache folder, imported.
 
-The files lie in `$REWRITER_CACHE/kernels`, else in `~/.cache/rewriter/kernels`, one a kernel, named
-by its text. They are for reading; what runs is always the text that this process generated.
+The files lie in `$REWRITER_CACHE/kernels`, else in `~/.cache/rewriter/kernels`, named by their
+text. They are for reading; what runs is always the text that this process generated.
 """
 
 from __future__ import annotations
@@ -11,26 +11,43 @@ import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewriter.errors import LoweringError
-from rewriter.kernels.triton_codegen import KERNEL, KernelSpec, codegen
 
-__all__ = ["cache_folder", "import_kernel", "write_atomically", "write_kernel"]
+if TYPE_CHECKING:
+    from rewriter.kernels.triton_source import Source
+
+__all__ = ["imported", "written"]
 
 
-def write_kernel(kernel: KernelSpec, folder: Path | None = None) -> Path:
-    """The file with the source of the kernel, written if it is not there yet.
+@lru_cache(maxsize=1024)
+def imported(source: Source, folder: Path | None = None) -> Any:
+    """The file as a module; its attributes are Triton functions."""
+    path = written(source, folder)
+    found = importlib.util.spec_from_file_location(f"rewriter_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def written(source: Source, folder: Path | None = None) -> Path:
+    """The file, written if it is not there yet.
+
+    Args:
+        folder: where; default the cache folder.
 
     Raises:
         LoweringError: if the folder cannot be written.
     """
-    folder = folder or cache_folder()
-    path, text = folder / f"softmax_fwd_{kernel.digest}.py", codegen(kernel)
+    folder = folder or _cache_folder()
+    path = folder / f"{source.stem}_{source.digest}.py"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
+        if not path.is_file() or path.read_text(encoding="utf-8") != source.text:
+            _write_atomically(path, source.text)
     except OSError as error:
         raise LoweringError(
             f"the kernel could not be written to {folder} ({error.strerror}); "
@@ -39,7 +56,7 @@ def write_kernel(kernel: KernelSpec, folder: Path | None = None) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     """Others see the old file or the whole new one, and nothing is left behind by a full disk."""
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -51,18 +68,6 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     root = os.environ.get("REWRITER_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "rewriter") / "kernels"
-
-
-@lru_cache(maxsize=1024)
-def import_kernel(kernel: KernelSpec, folder: Path | None = None) -> Any:
-    """The generated kernel as a Triton function."""
-    path = write_kernel(kernel, folder)
-    module_spec = importlib.util.spec_from_file_location(f"rewriter_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return getattr(module, KERNEL)

@@ -1,35 +1,22 @@
 """The source of a Triton kernel for softmax attention, written from a spec.
 
-Text only: Triton is not imported. This file has what stands around the kernel (header, signature);
-`triton_skeleton` has its body.
+Text only: Triton is not imported. This file has what a kernel is made for, and the header of its
+file; `triton_skeleton` has its body.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from rewriter import symbols as sym
-from rewriter.kernels.triton_code import HELPERS
 from rewriter.kernels.triton_skeleton import Skeleton
+from rewriter.kernels.triton_source import Function, Source, file_text, function_text
 from rewriter.kernels.triton_tables import Table, tabulate
 from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import formula_text
 
-__all__ = [
-    "KERNEL",
-    "Argument",
-    "Dtype",
-    "KernelSpec",
-    "Tile",
-    "arguments",
-    "arguments_of",
-    "codegen",
-    "harmless",
-    "header_of",
-]
+__all__ = ["KERNEL", "Dtype", "KernelSpec", "Tile", "codegen", "header_of"]
 
 KERNEL = "softmax_fwd_kernel"
 """The name of the kernel in every generated file."""
@@ -65,65 +52,24 @@ class KernelSpec:
         """The spec with its rounded integers read from tables, and the tables."""
         return tabulate(self.spec)
 
-    @cached_property
-    def digest(self) -> str:
-        """16 hexadecimal digits that name the text."""
-        return hashlib.sha256(codegen(self).encode()).hexdigest()[:16]
 
-
-@dataclass(frozen=True)
-class Argument:
-    """One run-time argument of a generated kernel."""
-
-    name: str
-    kind: Literal["tensor", "stride", "extent", "size"]
-    of: str
-    """`q`, `k`, `v`, `o`, `lse`, or `t:` and the name of a tensor of the spec; a size's name."""
-    dim: int = 0
-
-
-def codegen(kernel: KernelSpec) -> str:
-    """The Python file of the kernel.
+@lru_cache(maxsize=1024)
+def codegen(kernel: KernelSpec) -> Source:
+    """The file of the kernel.
 
     Raises:
         LoweringError: if a formula uses what has no rule in Triton.
     """
-    return _written(kernel)[0]
-
-
-def arguments(kernel: KernelSpec) -> tuple[Argument, ...]:
-    """The run-time arguments of that kernel, in order."""
-    return _written(kernel)[1]
-
-
-@lru_cache(maxsize=1024)
-def _written(kernel: KernelSpec) -> tuple[str, tuple[Argument, ...]]:
-    """The file and the arguments of the kernel in it."""
     skeleton = Skeleton(kernel)
     body = skeleton.body()  # first: printing formulas finds out what has to be handed over
-    args = arguments_of(kernel, skeleton)
-    changing = ", ".join(f'"{a.name}"' for a in args if a.kind in ("size", "extent"))
-    parameters = [f"{a.name}," for a in args]
-    parameters += [f"{name}: tl.constexpr = {value}," for name, value in skeleton.blocks()]
-    imports = ["import triton", "import triton.language as tl"]
-    constants = skeleton.constants(body)
-    kernel_text = [
-        f"@triton.jit(do_not_specialize=[{changing}])",
-        f"def {KERNEL}(",
-        *(f"    {line}" for line in parameters),
-        "):",
-        *(f"    {line}".rstrip() for line in body),
-    ]
-    parts = [
-        f'"""{harmless(header_of(kernel))}"""\n',
-        "\n".join([*imports, "", *constants] if constants else imports) + "\n\n",
-        *(f"{HELPERS[name]}\n" for name in sorted(skeleton.loads.helpers)),
-        "\n".join(kernel_text) + "\n",
-    ]
-    return "\n".join(parts), args
+    tile, blocks = kernel.tile, tuple(skeleton.blocks())
+    function = Function(KERNEL, skeleton.arguments(), blocks, tile.warps, tile.stages)
+    text = function_text(function, body, helpers=skeleton.loads.helpers)
+    file = file_text(header_of(kernel), skeleton.constants(body), [text])
+    return Source("softmax_fwd", file, (function,))
 
 
-def header_of(kernel: KernelSpec) -> str:
+def header_of(kernel: KernelSpec) -> list[str]:
     """The docstring of the file: the formula, the shapes, and what is not obvious from them."""
     d, e = kernel.head_dim, kernel.value_dim
     lines = [
@@ -142,30 +88,4 @@ def header_of(kernel: KernelSpec) -> str:
         lines.append("lse [B, H, L]: natural logarithm of the denominators, float32.")
     for table in kernel.lowered[1]:
         lines.append(f"{table.name}, at each {table.axis}: {formula_text(table.formula)}")
-    return "\n".join(lines) + "\n"
-
-
-def harmless(text: str) -> str:
-    """Text that may stand in a docstring: names come from models and from files."""
-    return text.replace("\\", "/").replace('"', "'")
-
-
-def arguments_of(kernel: KernelSpec, skeleton: Skeleton) -> tuple[Argument, ...]:
-    """Tensors, their strides, extents that bound an index, and sizes."""
-    spec, loads = kernel.lowered[0], skeleton.loads
-    read = {r.tensor for f in spec.formulas for r in sym.reads(f)}
-    reads = [(t, loads.idents[t.name]) for t in spec.tensors if t.name in read]
-    args = [Argument(n, "tensor", n) for n in ("q", "k", "v", "o")]
-    args += [Argument("lse", "tensor", "lse")] if kernel.lse else []
-    args += [Argument(f"t_{ident}", "tensor", f"t:{t.name}") for t, ident in reads]
-    for name in "qkvo":
-        strides = zip(range(4), "bhld", strict=True)
-        args += [Argument(f"stride_{name}_{i}", "stride", name, dim) for dim, i in strides]
-    for t, ident in reads:
-        used = [dim for dim in range(t.rank) if (t.name, dim) in loads.strides]
-        args += [Argument(f"stride_{ident}_{dim}", "stride", f"t:{t.name}", dim) for dim in used]
-    for name, dim in loads.extents:
-        args.append(Argument(f"size_{loads.idents[name]}_{dim}", "extent", f"t:{name}", dim))
-    symbols = {str(x) for f in spec.formulas for x in f.free_symbols}
-    args += [Argument(n, "size", n) for n in (*("B" if "B" in symbols else ""), *"HGLM")]
-    return (*args, *(Argument(skeleton.sizes[n], "size", n) for n in spec.sizes))
+    return lines

@@ -5,7 +5,6 @@ Forward only: gradients are the business of the lowering that calls this.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError, ShapeError
-from rewriter.kernels.triton_cache import import_kernel
-from rewriter.kernels.triton_codegen import Argument, Dtype, KernelSpec, arguments, codegen
+from rewriter.kernels.triton_codegen import KERNEL, Dtype, KernelSpec, codegen
+from rewriter.kernels.triton_source import launch
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.kernels.triton_tiles import tile_for
 from rewriter.spec import SoftmaxSpec
@@ -206,26 +205,8 @@ def _launch(
     named |= {f"t:{t.name}": x for t, x in zip(spec.tensors, tensors, strict=True)}
     named |= {f"t:{t.name}": filled(t, q_len, kv_len, used, q.device) for t in tables}
     numbers["G"] = heads // kv_heads
-    function, tile = import_kernel(kernel), kernel.tile
-    values = [_value(argument, named, numbers) for argument in arguments(kernel)]
-    grid = (batch * heads * -(-q_len // tile.queries),)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        function[grid](*values, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
-
-
-def _value(
-    argument: Argument, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]
-) -> Tensor | int:
-    """What a call hands over for one argument of the kernel."""
-    match argument.kind:
-        case "tensor":
-            return tensors[argument.of]
-        case "stride":
-            return tensors[argument.of].stride(argument.dim)
-        case "extent":
-            return tensors[argument.of].shape[argument.dim]
-        case "size":
-            return numbers[argument.of]
+    programs = batch * heads * -(-q_len // kernel.tile.queries)
+    launch(codegen(kernel), KERNEL, programs, named, numbers)
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor) -> None:

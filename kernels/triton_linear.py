@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rewriter.beside import Beside
-from rewriter.errors import LoweringError
+from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels import torch_linear
 from rewriter.kernels.torch_linear_call import Call
 from rewriter.kernels.triton_launch import (
@@ -32,8 +32,9 @@ from rewriter.kernels.triton_launch import (
 from rewriter.kernels.triton_linear_code import linear_source
 from rewriter.kernels.triton_linear_kernel import LinearKernel, LinearTile, refusal
 from rewriter.kernels.triton_linear_state import SCAN
+from rewriter.kernels.triton_lines import padded
 from rewriter.kernels.triton_source import launch
-from rewriter.linear import EPS_RMS, Features, LinearSpec
+from rewriter.linear import EPS_RMS, EPS_SUM, Features, LinearSpec
 from rewriter.reference_linear import features
 from rewriter.spec import Spec
 
@@ -47,6 +48,9 @@ FEW = 16
 SPAN = 256
 """Keys between two states: a state is as large as D keys and values in float32."""
 _WIDE = 256
+"""Features that a tile holds; a matrix may map to more."""
+_PART = 128
+"""So many of them at a time then: they are float32, and more of those would spill."""
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -101,15 +105,16 @@ def tile_for(
     Args:
         spec: what is computed; maps in two halves and padding take more registers.
         width: columns of q and k as the kernels get them, at most 256.
-        value_dim: Dv, at most 256.
+        value_dim: Dv, at most 256, and one more where sums of weights stand beside v.
         dtype: of v.
         capability: compute capability times ten.
     """
     warps = 4 if width <= 64 else 8
-    columns = min(64, max(16, 1 << (value_dim - 1).bit_length()))
+    columns = min(64, padded(value_dim))
     few = min(32, columns)
     is_heavy = width > 128 or spec.k_map.map == "exp" or spec.seen != sympy.true
     if dtype == "float32":
+        is_heavy |= width > 64
         return LinearTile(16 if is_heavy else 32, 16, 16 if is_heavy else few, SPAN, warps, 1)
     if is_heavy:
         narrow = width > 64 or dtype == "float16"
@@ -134,8 +139,6 @@ def forward(
 ) -> Tensor:
     """The attention that the spec describes, `[B, Hq, L, Dv]` in the dtype of v.
 
-    A matrix that maps to more than 256 features is left to `torch_linear`: no tile holds a row.
-
     Args:
         q: queries `[B, Hq, L, D]`; k: `[B, Hkv, M, D]`; v: `[B, Hkv, M, Dv]`; any strides.
         tensors: what the formulas read, in the order of `spec.tensors`.
@@ -148,22 +151,48 @@ def forward(
     assert isinstance(spec, LinearSpec)
     check_call(q, k, v)
     call = Call(spec, q, k, tensors, sizes)
+    if not (q.shape[:3].numel() and v.shape[3]):
+        return v.new_empty((*q.shape[:3], v.shape[3]))
+    numbers = dict(zip(spec.sizes, (int(n) for n in sizes), strict=True))
     rows, keys = (_projected(x, phi, call.named) for x, phi in ((q, spec.q_map), (k, spec.k_map)))
-    if rows.shape[3] > _WIDE:
-        return torch_linear.forward(spec, q, k, v, tensors, sizes, beside)
-    out = torch.empty(
-        (*q.shape[:3], v.shape[3]),
-        dtype=torch.float32 if spec.norm == "rms" else v.dtype,
-        device=q.device,
-    )
-    kernel = _kernel(spec, rows.shape[3], v.shape[3], v.dtype, capability_of(str(q.device)))
-    if out.numel():
-        named = {"q": rows, "k": keys, "v": v, "o": out}
-        named |= _states(kernel, call) | {f"t:{n}": x for n, x in call.named.items()}
-        _run(kernel, call, named, dict(zip(spec.sizes, (int(n) for n in sizes), strict=True)))
-        if beside is not None and call.takes_all:
-            torch_linear.keep(beside, call, _last_state(kernel, call, named))
-    return _normalised(call, out).to(v.dtype) if spec.norm == "rms" else out
+    if rows.shape[3] != keys.shape[3]:
+        raise ShapeError(
+            f"the maps give {rows.shape[3]} features of a query and {keys.shape[3]} of a key; "
+            "they have to agree"
+        )
+    run = _run_by_parts if rows.shape[3] > _WIDE else _run
+    out, state = run(spec, call, (rows, keys, v), numbers)
+    if beside is not None and call.takes_all:
+        torch_linear.keep(beside, call, state.clone())  # a view would hold every span's
+    if spec.norm == "rms":
+        out = out * torch.rsqrt(out.square().mean((1, 3), keepdim=True) + EPS_RMS)
+    if spec.norm == "rms" or rows.shape[3] > _WIDE:
+        out = _times_heads(call, out)
+    return out.to(v.dtype)
+
+
+def _run_by_parts(
+    spec: LinearSpec, call: Call, qkv: tuple[Tensor, Tensor, Tensor], sizes: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    """`_run` for more features than a tile holds, some of them at a time: the outputs are added up,
+    and a column of ones beside v gives the sums of the weights. The factor of the heads is left
+    out."""
+    maps, v = (spec.q_map, spec.k_map), qkv[2]
+    q, k = (features(x, Features(phi.map), {}) for x, phi in zip(qkv, maps, strict=False))
+    if spec.norm == "sum":
+        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=3)
+    plain = [replace(phi, map="identity") for phi in maps]
+    part = replace(spec, q_map=plain[0], k_map=plain[1], norm="rms")  # no norm in the kernels
+    count = -(-q.shape[3] // _PART)
+    pieces = zip(q.chunk(count, dim=3), k.chunk(count, dim=3), strict=True)
+    out, states = torch.zeros((), device=q.device), []
+    for piece in pieces:
+        found, state = _run(part, call, (*piece, v), sizes)
+        out = out + found
+        states.append(state.clone())
+    if spec.norm == "sum":
+        out = out[..., :-1] / (out[..., -1:] + EPS_SUM)
+    return out, torch.cat(states, dim=3)
 
 
 def _projected(x: Tensor, phi: Features, named: Mapping[str, Tensor]) -> Tensor:
@@ -186,11 +215,28 @@ def _states(kernel: LinearKernel, call: Call) -> dict[str, Tensor]:
     return made
 
 
-def _run(kernel: LinearKernel, call: Call, named: dict[str, Tensor], sizes: dict[str, int]) -> None:
-    """The three kernels; the second one a second time for the sums."""
+def _run(
+    spec: LinearSpec, call: Call, qkv: tuple[Tensor, Tensor, Tensor], sizes: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    """The three kernels, the second one a second time for the sums.
+
+    Args:
+        spec: what they compute, its matrices left out.
+        qkv: queries and keys after the matrices, and values.
+
+    Returns:
+        The output, in float32 and before the factor of the heads if `norm="rms"`, else in the dtype
+        of v; and the state of all keys.
+    """
+    q, k, v = qkv
+    kernel = _kernel(spec, q.shape[3], v.shape[3], v.dtype, capability_of(str(q.device)))
+    dtype = torch.float32 if spec.norm == "rms" else v.dtype
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
+    named = {"q": q, "k": k, "v": v, "o": out, **_states(kernel, call)}
+    named |= {f"t:{n}": x for n, x in call.named.items()}
     source, tile = linear_source(kernel), kernel.tile
     heads, spans = named["s"].shape[1], named["s"].shape[2] - 1
-    numbers = sizes | {"B": call.batch, "L": call.q_len, "M": call.kv_len}
+    numbers = {**sizes, "B": call.batch, "L": call.q_len, "M": call.kv_len}
     numbers |= {"H": heads, "G": heads // call.kv_heads}
     columns = -(-kernel.value_dim // tile.columns)
     launch(source, "linear_state_kernel", call.batch * heads * spans * columns, named, numbers)
@@ -205,17 +251,16 @@ def _run(kernel: LinearKernel, call: Call, named: dict[str, Tensor], sizes: dict
     numbers |= {"H": call.heads, "G": call.group, "P": first, "T": start}
     tiles = -(-(first + call.q_len - start) // tile.queries)
     launch(source, "linear_out_kernel", call.batch * call.heads * tiles * columns, named, numbers)
+    return out, _last_state(call, named)
 
 
-def _normalised(call: Call, out: Tensor) -> Tensor:
-    """By the root of the mean square over the features of all heads, and the factor of the
-    heads."""
-    out = out * torch.rsqrt(out.square().mean((1, 3), keepdim=True) + EPS_RMS)
+def _times_heads(call: Call, out: Tensor) -> Tensor:
+    """The output times the factor of its head."""
     factor = call.vectors(call.named).get("heads")
     return out if factor is None else out * factor.flatten(1, 2)
 
 
-def _last_state(kernel: LinearKernel, call: Call, named: Mapping[str, Tensor]) -> Tensor:
+def _last_state(call: Call, named: Mapping[str, Tensor]) -> Tensor:
     """The state of all keys, `[B, Hkv, 1 or G, P, Dv]` with a column more for the sums."""
     state = named["s"][:, :, -1]
     if "z" in named:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from rewriter.kernels.triton_codegen import Argument
 from rewriter.kernels.triton_linear_kernel import LinearKernel
-from rewriter.kernels.triton_linear_part import Part, after, indented, load, mapped, pointer
+from rewriter.kernels.triton_linear_part import Part, after, mapped
+from rewriter.kernels.triton_lines import indented, load, pointer
+from rewriter.kernels.triton_source import Argument
 
 __all__ = ["Out"]
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from sympy.logic.boolalg import BooleanTrue
 
-from rewriter.kernels.triton_codegen import Argument
 from rewriter.kernels.triton_linear_kernel import LinearKernel
-from rewriter.kernels.triton_source import Formulas, Function, function_text
+from rewriter.kernels.triton_lines import padded
+from rewriter.kernels.triton_source import Argument, Formulas, Function, function_text
 from rewriter.linear import Map
 
-__all__ = ["Part", "after", "indented", "load", "mapped", "padded", "pointer"]
+__all__ = ["Part", "after", "mapped"]
 
 LEAST = 1e-12
 """No feature of a map that is never negative is below it, as in the reference."""
-TAKEN = ("d", "h", "w", *(f"{x}_{n}" for x in "qkhz" for n in ("up", "down", "low", "high")))
-"""What these kernels write behind `b_` besides what all do."""
+TAKEN = (
+    *("d", "h", "w", *(f"{x}_{n}" for x in "qkhz" for n in ("up", "down", "low", "high"))),
+    *("e", "last", "next", "number"),
+)
+"""What these kernels write behind `b_`, `n_` or `p_` besides what all do."""
 
 
 class Part:
@@ -59,7 +60,7 @@ class Part:
         args = self.formulas.arguments(self.own(), self.numbers)
         stages = self.stages or self.tile.stages
         self.function = Function(self.name, args, constants, self.tile.warps, stages)
-        return function_text(self.function, body, helpers=sorted(self.formulas.loads.helpers))
+        return function_text(self.function, body, helpers=self.formulas.loads.helpers)
 
     def _tensors(self, names: str, strided: str) -> list[Argument]:
         """Tensors of the kernel, one a letter, and the strides of some."""
@@ -132,29 +133,9 @@ class Part:
         return "b_v.to(tl.float32)" if self.kernel.dtype == "float16" else "b_v"
 
 
-def pointer(name: str, head: str, columns: str, last: str) -> str:
-    """The line with the pointers to the columns of the first row of a head."""
-    start = f"i_b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
-    return f"p_{name} = {name} + {start} + {columns} * stride_{name}_{last}"
-
-
-def load(name: str, rows: str, mask: str) -> str:
-    """The line that loads a tile of q, k or v."""
-    pointer = f"p_{name} + {rows} * stride_{name}_l"
-    return f"b_{name} = tl.load({pointer}, mask={mask}, other=0.0)"
-
-
 def after(count: int, size: str) -> str:
     """What is added to a pointer to skip some halves."""
     return f" + {size}" if count else ""
-
-
-def indented(lines: Iterable[str]) -> list[str]:
-    return [f"    {line}" if line else "" for line in lines]
-
-
-def padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def mapped(name: str, map: Map, axis: int, *, is_whole: bool) -> list[str]:

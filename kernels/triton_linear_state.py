@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rewriter.kernels.triton_codegen import Argument
-from rewriter.kernels.triton_linear_part import Part, after, indented, load, mapped, pointer
+from rewriter.kernels.triton_linear_part import Part, after, mapped
+from rewriter.kernels.triton_lines import indented, load, pointer
+from rewriter.kernels.triton_source import Argument
 
 __all__ = ["SCAN", "Scan", "State"]
 
@@ -91,7 +92,8 @@ class State(Part):
 
     def _is_float(self) -> bool:
         """The keys have been multiplied or mapped, so that they are float32."""
-        return self.spec.k_map.map != "identity" or bool(self._weight())
+        is_given = self.kernel.dtype_of("k") == self.kernel.dtype
+        return not is_given or self.spec.k_map.map != "identity" or bool(self._weight())
 
     def _stores(self) -> list[str]:
         halves = len(self.parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -62,6 +62,7 @@ class Loads:
     Attributes:
         dtypes: the dtype of each tensor, by name.
         sizes: what each size of the formulas is called in the kernel, by name.
+        taken: names that the kernel uses itself, besides those that every kernel does.
         once: lines that stand before the loop over keys.
         each: lines that stand in it.
         extents: the tensors and dimensions whose extent the lines ask for.
@@ -71,6 +72,7 @@ class Loads:
 
     dtypes: Mapping[str, str]
     sizes: Mapping[str, str]
+    taken: Sequence[str] = ()
     once: list[str] = field(default_factory=list)
     each: list[str] = field(default_factory=list)
     extents: dict[tuple[str, int], None] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Loads:
     _values: dict[tuple[Place, Read], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.idents = identifiers(self.dtypes)
+        self.idents = identifiers(self.dtypes, self.taken)
 
     def text(self, formula: Formula, place: Place = "tile") -> str:
         """The formula as a Triton expression; the lines for its reads are added."""
@@ -155,12 +157,13 @@ def _shape(read: Read, place: Place) -> list[str]:
     return [f"# [{'BQ' if rows else 1}, {'BK' if columns else 1}]"] if rows or columns else []
 
 
-def identifiers(names: Iterable[str]) -> dict[str, str]:
-    """An identifier for each name, all different, and none that the kernel uses itself."""
+def identifiers(names: Iterable[str], taken: Sequence[str] = ()) -> dict[str, str]:
+    """An identifier for each name, all different, and none that the kernel uses itself: those of
+    every kernel, and those `taken`."""
     result: dict[str, str] = {}
     for name in names:
         ident = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_").lower() or "t"
-        while ident in result.values() or ident in _TAKEN:
+        while ident in result.values() or ident in _TAKEN or ident in taken:
             ident += "_"
         result[name] = ident
     return result

@@ -4,12 +4,13 @@ Torch selects (`torch_routing`, in float32, without a gradient), the kernel exec
 gradients come from `torch_routed.backward`, which selects the same blocks again.
 
 A tile of queries visits the blocks that some query of it sees, so that neighbours which choose
-alike share the keys that they read. What each query chose itself is one byte a block.
+alike share the keys that they read. Which queries of the tile see a block is one bit each, beside
+the block in the list: memory follows the pairs that are visited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ from torch import Tensor
 from rewriter.beside import Beside
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels import torch_routed
-from rewriter.kernels.torch_routed_work import regions_of, tokens_of, unfit
+from rewriter.kernels.block_lists import BlockList
+from rewriter.kernels.torch_routed_work import LEAST, regions_of, tokens_of, unfit
 from rewriter.kernels.torch_routing import (
     block_means,
     chosen_blocks,
@@ -40,6 +42,7 @@ from rewriter.kernels.triton_launch import (
     device_reason,
     shape_reason,
 )
+from rewriter.kernels.triton_lines import padded
 from rewriter.kernels.triton_routed_code import KERNEL, RoutedKernel, block_of, routed_source
 from rewriter.kernels.triton_source import launch
 from rewriter.kernels.triton_tables import filled, tabulate
@@ -52,8 +55,9 @@ if TYPE_CHECKING:
 
 __all__ = ["forward", "supports"]
 
-_PRODUCTS = 2**24
-"""Products of queries and means that are held at a time, in float32."""
+_PRODUCTS = 2**22
+"""Products of queries and means that are held at a time, in float32; more where there are so many
+blocks that this would be few queries. No more than the torch kernel holds."""
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ def _kernel(
 def _fitted(tile: Tile, route: Route) -> Tile:
     """The tile with no more keys than a block has, and few queries: those of a tile visit the
     blocks that any of them chose."""
-    width = max(16, 1 << (block_of(route) - 1).bit_length())
+    width = padded(block_of(route))
     queries = min(tile.queries, 64)
     if route.by == "region":
         queries = min(queries, width)
@@ -164,19 +168,19 @@ def _numbers(ops: Operands, lists: Mapping[str, Tensor]) -> dict[str, int]:
     if "place" in lists:
         entries, found["C"], _ = lists["place"].shape
         found["S"] = ops.batch * ops.heads // entries
-    elif "chosen" in lists:
-        found["C"] = lists["chosen"].shape[-1]
     return found
 
 
-def _listed(seen: Tensor) -> dict[str, Tensor]:
-    """The lists of a map `[tiles, C]`, True where a tile visits a block."""
-    tiles, blocks = seen.nonzero(as_tuple=True)
-    first = torch.zeros(len(seen) + 1, dtype=torch.int32, device=seen.device)
-    torch.cumsum(torch.bincount(tiles, minlength=len(seen)), 0, out=first[1:])
-    if not len(blocks):
-        blocks = torch.zeros(1, dtype=torch.int64, device=seen.device)
-    return {"first": first, "block": blocks.int()}
+def _listed(tiles: Tensor, entries: Tensor, count: int) -> dict[str, Tensor]:
+    """The lists of `count` tiles of queries.
+
+    Args:
+        tiles: the tile of each pair, ascending.
+        entries: its block, and for each query of the tile a bit if queries choose for themselves.
+    """
+    first = torch.zeros(count + 1, dtype=torch.int32, device=tiles.device)
+    torch.cumsum(torch.bincount(tiles, minlength=count), 0, out=first[1:])
+    return {"first": first, "block": entries if len(entries) else entries.new_zeros(1)}
 
 
 # --- each query for itself ------------------------------------------------------------------------
@@ -184,27 +188,59 @@ def _listed(seen: Tensor) -> dict[str, Tensor]:
 
 def _of_queries(kernel: RoutedKernel, ops: Operands, beside: Beside | None) -> dict[str, Tensor]:
     """The lists of mixture of block attention."""
-    route, tile = kernel.route, kernel.base.tile
+    route, width = kernel.route, kernel.base.tile.queries
     layout = layout_of(ops, route)
     means = block_means(ops, layout, beside)
-    chosen = torch.zeros(
-        ops.units, ops.group, ops.q_len, layout.count, dtype=torch.uint8, device=ops.device
-    )
-    units = slice(0, ops.units)
-    step = max(1, _PRODUCTS // (ops.units * ops.group * layout.count))
-    for start in range(0, ops.q_len, step):
-        queries = slice(start, min(start + step, ops.q_len))
+    tiles, entries = [], []
+    for units, queries in _parts(ops, layout.count, width):
         found = chosen_blocks(ops, route, layout, means, units, queries)
-        part = chosen.new_zeros(found.row_count, layout.count)
-        part[found.rows, found.blocks] = 1
-        chosen[:, :, queries] = part.view(ops.units, ops.group, -1, layout.count)
-    rest = -ops.q_len % tile.queries
-    padded = torch.nn.functional.pad(chosen, (0, 0, 0, rest))
-    seen = padded.view(-1, tile.queries, layout.count).amax(1) != 0
-    lists = _listed(seen) | {"chosen": chosen}
+        tile, entry = _pairs(found, queries.stop - queries.start, width)
+        head, at = units.start * ops.group + tile[0], queries.start // width + tile[1]
+        tiles.append(head * -(-ops.q_len // width) + at)
+        entries.append(entry)
+    joined, order = torch.cat(tiles).sort(stable=True)
+    count = ops.batch * ops.heads * -(-ops.q_len // width)
+    lists = _listed(joined, torch.cat(entries)[order], count)
     if kernel.has_places:
         lists["place"] = layout.keys.masked_fill(~layout.filled, -1).int().contiguous()
     return lists
+
+
+def _parts(ops: Operands, count: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of the units and of the queries, whole tiles of these, for a selection of `count`
+    blocks."""
+    long = _PRODUCTS * max(1, count * ops.v.shape[3] // 2**14)
+    rows = min(long, max(LEAST, ops.q_len * ops.kv_len // 4)) // count
+    length = max(1, min(-(-ops.q_len // width), rows // (ops.group * width))) * width
+    units = max(1, rows // (ops.group * length))
+    for u in range(0, ops.units, units):
+        for start in range(0, ops.q_len, length):
+            yield (
+                slice(u, min(u + units, ops.units)),
+                slice(start, min(start + length, ops.q_len)),
+            )
+
+
+def _pairs(found: BlockList, length: int, width: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The pairs of a tile and a block that some query of it sees, by tiles; of `length` queries of
+    each head, from the first of a tile on.
+
+    Returns:
+        The head and the tile of each pair, counted in the part; and its entries of the list, int32
+        `[pairs, 1 + words]`: the block, and the queries that see it as bits, 32 a word.
+    """
+    head, query = found.rows // length, found.rows % length
+    tile, row = query // width, query % width
+    count, words = -(-length // width), -(-width // 32)
+    place = (head * count + tile) * found.block_count + found.blocks
+    place = place * words + row // 32
+    bits = torch.bitwise_left_shift(1, (row % 32).int())
+    shape = (found.row_count // length, count, found.block_count, words)
+    seen = torch.zeros(shape, dtype=torch.int32, device=place.device)
+    seen.view(-1).index_add_(0, place, bits)  # different bits: their sum has all of them
+    heads, tiles, blocks = seen.any(-1).nonzero(as_tuple=True)
+    entries = torch.cat([blocks.int()[:, None], seen[heads, tiles, blocks]], dim=1)
+    return (heads, tiles), entries
 
 
 # --- regions --------------------------------------------------------------------------------------
@@ -228,7 +264,9 @@ def _of_regions(kernel: RoutedKernel, ops: Operands) -> dict[str, Tensor]:
     whole = torch.ones(shape, dtype=torch.bool, device=ops.device)
     whole[:, : len(rows), : len(tokens)] = seen
     whole = whole[:, None] | _sees_all(ops, route)[..., None, None]
-    lists = _listed(whole.expand(ops.batch, ops.heads, *shape[1:]).flatten(0, 2))
+    whole = whole.expand(ops.batch, ops.heads, *shape[1:]).flatten(0, 2)
+    tiles, blocks = whole.nonzero(as_tuple=True)
+    lists = _listed(tiles, blocks.int(), len(whole))
     lists["place"] = torch.cat([place, early])[None].int().contiguous()
     return lists | {"row": torch.cat([rows, rows_early]).int().contiguous()}
 
@@ -246,8 +284,8 @@ def _tiles_of(place: Tensor, width: int) -> Tensor:
 
 def _sees_all(ops: Operands, route: Route) -> Tensor:
     """True where a sequence, or a head of it, has so few keys that they are all seen, `[B, H]`."""
-    there = there_of(ops)
-    if there is None or not route.dense_below:
-        return torch.zeros(1, 1, dtype=torch.bool, device=ops.device)
+    there = there_of(ops) if route.dense_below else None
+    if there is None:
+        return torch.tensor([[ops.kv_len <= route.dense_below]], device=ops.device)
     few = there.sum(-1) <= route.dense_below  # [B, 1 or Hkv]
     return few.repeat_interleave(ops.group if few.shape[1] > 1 else 1, dim=1)

@@ -12,18 +12,17 @@ from functools import lru_cache
 
 import sympy
 
-from rewriter.kernels.triton_codegen import Argument, KernelSpec, arguments_of, header_of
+from rewriter.kernels.triton_codegen import KernelSpec, header_of
+from rewriter.kernels.triton_lines import load, pointer
 from rewriter.kernels.triton_ranges import KeyRange
-from rewriter.kernels.triton_skeleton import Skeleton, load_line, pointer_line
-from rewriter.kernels.triton_source import Function, Source, file_text, function_text
+from rewriter.kernels.triton_skeleton import Skeleton
+from rewriter.kernels.triton_source import Argument, Function, Source, file_text, function_text
 from rewriter.reference_routes import key_terms
 from rewriter.stages import Route
 
 __all__ = ["RoutedKernel", "block_of", "routed_source"]
 
 KERNEL = "routed_fwd_kernel"
-_OWN = ("chosen", "place", "row", "first", "block")
-"""Tensors of the kernel besides q, k, v and o."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +56,24 @@ def routed_source(kernel: RoutedKernel) -> Source:
     """
     skeleton = _Routed(kernel)
     body = skeleton.body()  # first: printing formulas finds out what has to be handed over
-    tile = kernel.base.tile
-    function = Function(
-        KERNEL, skeleton.arguments(), tuple(skeleton.blocks()), tile.warps, tile.stages
-    )
-    text = function_text(function, body, helpers=sorted(skeleton.loads.helpers))
-    header = [*header_of(kernel.base).rstrip().splitlines(), *skeleton.header()]
+    tile, blocks = kernel.base.tile, tuple(skeleton.blocks())
+    function = Function(KERNEL, skeleton.arguments(), blocks, tile.warps, tile.stages)
+    text = function_text(function, body, helpers=skeleton.loads.helpers)
+    header = [*header_of(kernel.base), *skeleton.header()]
     return Source("routed_fwd", file_text(header, skeleton.constants(body), [text]), (function,))
 
 
 class _Routed(Skeleton):
     """Writes the lines of the kernel."""
 
+    taken = ("pair", "place")
+
     def __init__(self, kernel: RoutedKernel) -> None:
         super().__init__(kernel.base)
         self.routed, self.by_query = kernel, kernel.route.by == "query"
-        for name, ident in self.loads.idents.items():
-            if ident in _OWN:
-                self.loads.idents[name] = f"{ident}_"
+        self.numbers += "TCS" if kernel.has_places else "T"
+        self.entry = 1 + -(-kernel.base.tile.queries // 32)
+        """Numbers of an entry of the list, if queries choose for themselves: a block, and bits."""
         self.is_open = self.masked == "none"
         if self.is_open and self.by_query:
             self.masked = "zero"  # a query does not see the blocks that others of its tile chose
@@ -84,28 +83,31 @@ class _Routed(Skeleton):
     def header(self) -> list[str]:
         """What the lists mean."""
         lines = [
-            "first [tiles + 1]: where the blocks of each tile of queries begin in `block`, int32.",
-            "block [pairs]: the blocks of keys that some query of a tile sees, ascending, int32.",
+            "first [tiles + 1]: where the blocks of each tile of queries begin in `block`, int32."
         ]
+        if self.by_query:
+            lines.append(
+                f"block [pairs, {self.entry}]: each block of keys that some query of a tile sees,"
+            )
+            lines.append(
+                "ascending, and a bit for each query of the tile, 1 where it sees it; int32."
+            )
+        else:
+            lines.append("block [pairs]: the blocks of keys that a tile sees, ascending, int32.")
         width = block_of(self.routed.route)
         if self.routed.has_places:
             lines.append(f"place [Y, C, {width}]: the keys of each block, int32; -1: none.")
         else:
             lines.append(f"Block c holds the keys from {width} c on.")
-        if self.by_query:
-            lines.append("chosen [B, H, L, C]: 1 where a query sees a block, uint8.")
-        else:
+        if not self.by_query:
             lines.append("row [T, BQ]: the queries of each tile of a head, int32; -1: none.")
         return lines
 
-    def arguments(self) -> tuple[Argument, ...]:
-        base = arguments_of(self.kernel, self)
+    def own(self) -> list[Argument]:
         names = ["first", "block"]
         names += ["place"] if self.routed.has_places else []
-        names += ["chosen"] if self.by_query else ["row"]
-        numbers = ["T", *("CS" if self.routed.has_places else "C" if self.by_query else "")]
-        own = [Argument(n, "tensor", n) for n in names]
-        return (*base[:4], *own, *base[4:], *(Argument(n, "size", n) for n in numbers))
+        names += [] if self.by_query else ["row"]
+        return [*super().own(), *(Argument(n, "tensor", n) for n in names)]
 
     def blocks(self) -> list[tuple[str, int]]:
         return [*super().blocks(), ("W", block_of(self.routed.route))]
@@ -113,7 +115,8 @@ class _Routed(Skeleton):
     def _tile(self) -> list[str]:
         rows = [
             "i_q = i_t % T * BQ  # the first query",
-            "o_q = i_q + tl.arange(0, BQ)",
+            "o_r = tl.arange(0, BQ)",
+            "o_q = i_q + o_r",
             "m_q = o_q < L",
         ]
         if not self.by_query:
@@ -121,8 +124,6 @@ class _Routed(Skeleton):
         keys = []
         if self.routed.has_places:
             keys = ["p_place = place + (i_bh // S).to(tl.int64) * C * W"]
-        if self.by_query:
-            keys += ["p_chosen = chosen + (i_bh.to(tl.int64) * L + o_q) * C"]
         return [
             "# one program a tile of queries of one head",
             "i_t = tl.program_id(0)",
@@ -133,32 +134,35 @@ class _Routed(Skeleton):
             "o_d, o_e = tl.arange(0, BD), tl.arange(0, BE)",
             *(["m_d = o_d < D"] if self.m_d else []),
             *(["m_e = o_e < E"] if self.m_e else []),
-            pointer_line("q", "i_h", "o_d"),
-            pointer_line("k", "i_g", "o_d"),
-            pointer_line("v", "i_g", "o_e"),
+            pointer("q", "i_h", "o_d[None, :]"),
+            pointer("k", "i_g", "o_d[None, :]"),
+            pointer("v", "i_g", "o_e[None, :]"),
             *keys,
             "# [BQ, BD]",
-            load_line("q", "o_q", f"m_q[:, None]{self.m_d}"),
+            load("q", "o_q.to(tl.int64)[:, None]", f"m_q[:, None]{self.m_d}"),
             "",
         ]
 
     def _loop(self) -> list[str]:
         return [
             "# the keys of the listed blocks, BK at a time",
-            "n_w = tl.cdiv(W, BK)",
+            "n_p = tl.cdiv(W, BK)  # parts of a block",
             "i_first, i_end = tl.load(first + i_t), tl.load(first + i_t + 1)",
-            "for i_j in range(i_first * n_w, i_end * n_w):",
+            "for i_j in range(i_first * n_p, i_end * n_p):",
         ]
 
     def _keys(self) -> list[str]:
-        lines = ["i_c = tl.load(block + i_j // n_w)", "o_w = i_j % n_w * BK + tl.arange(0, BK)"]
+        lines = ["i_c = tl.load(block + i_j // n_p)"]
+        if self.by_query:
+            lines = [f"p_pair = block + i_j // n_p * {self.entry}", "i_c = tl.load(p_pair)"]
+        lines.append("o_w = i_j % n_p * BK + tl.arange(0, BK)")
         if self.routed.has_places:
             lines.append("o_k = tl.load(p_place + i_c * W + o_w, mask=o_w < W, other=-1)")
             lines.append("m_k = o_k >= 0")
         else:
             lines += ["o_k = i_c * W + o_w", "m_k = (o_w < W) & (o_k < M)"]
         if self.by_query:
-            lines.append("m_c = tl.load(p_chosen + i_c, mask=m_q, other=0) != 0")
+            lines.append("m_c = (tl.load(p_pair + 1 + o_r // 32) >> o_r % 32 & 1) != 0")
         return lines
 
     def _mask(self) -> list[str]:

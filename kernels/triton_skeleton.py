@@ -7,7 +7,6 @@ in registers, `m_` masks, `t_` tensors that formulas read, `size_` their extents
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import sympy
@@ -16,15 +15,17 @@ from sympy import Expr
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
 from rewriter.kernels.triton_code import is_number
+from rewriter.kernels.triton_lines import indented, load, padded, pointer
 from rewriter.kernels.triton_loads import Loads, identifiers
 from rewriter.kernels.triton_ranges import KeyRange, key_ranges
+from rewriter.kernels.triton_source import Argument, arguments_of
 from rewriter.kernels.triton_sums import RAISE, EditedSums, Sums
 from rewriter.symbols import formula_text
 
 if TYPE_CHECKING:
     from rewriter.kernels.triton_codegen import KernelSpec
 
-__all__ = ["Skeleton", "load_line", "pointer_line"]
+__all__ = ["Skeleton"]
 
 _LOG2E = 1.4426950408889634
 _FLOAT_MIN = -3.4028234663852886e38
@@ -39,14 +40,21 @@ class Skeleton:
         sizes: what each size of the formulas is called, by name.
     """
 
+    numbers = "HGLM"
+    """The sizes that it takes."""
+    taken: tuple[str, ...] = ()
+    """What it writes behind `b_`, `n_` or `p_` besides what every kernel does."""
+
     def __init__(self, kernel: KernelSpec) -> None:
         self.kernel, self.spec = kernel, kernel.lowered[0]
         for name, formula in (("sink", self.spec.sink), ("head factor", self.spec.heads)):
             if formula is not None and formula.has(sym.k, sym.s):
                 raise LoweringError(f"the {name} depends on the key: {formula_text(formula)}")
         dtypes = {t.name: t.dtype for t in self.spec.tensors}
-        self.sizes = {n: f"n_{ident}" for n, ident in identifiers(self.spec.sizes).items()}
-        self.loads = Loads(dtypes, self.sizes)
+        self.sizes = {
+            n: f"n_{ident}" for n, ident in identifiers(self.spec.sizes, self.taken).items()
+        }
+        self.loads = Loads(dtypes, self.sizes, self.taken)
         self.ranges = key_ranges(self.spec.mask)
         masked = {"add": "mean"}.get(self.spec.masked, self.spec.masked)
         self.masked = "none" if self.spec.is_unmasked else masked
@@ -56,7 +64,7 @@ class Skeleton:
         self.pivots = floats or self.masked in ("zero", "nan") or self.spec.sink is not None
         self.base2 = not floats and _is_small(self.spec.score)
         self.ieee = ', input_precision="ieee"' if kernel.dtype == "float32" else ""
-        self.block_d, self.block_e = _padded(kernel.head_dim), _padded(kernel.value_dim)
+        self.block_d, self.block_e = padded(kernel.head_dim), padded(kernel.value_dim)
         edit = self.spec.edit
         self.sums = (
             Sums(self.ieee)
@@ -80,13 +88,26 @@ class Skeleton:
         blocks += [("D", kernel.head_dim)] if self.m_d else []
         return blocks + ([("E", kernel.value_dim)] if self.m_e else [])
 
+    def own(self) -> list[Argument]:
+        """Its tensors and their strides."""
+        names = ("q", "k", "v", "o", *(["lse"] if self.kernel.lse else []))
+        args = [Argument(n, "tensor", n) for n in names]
+        for name in "qkvo":
+            strides = zip(range(4), "bhld", strict=True)
+            args += [Argument(f"stride_{name}_{i}", "stride", name, dim) for dim, i in strides]
+        return args
+
+    def arguments(self) -> tuple[Argument, ...]:
+        """What a call hands over, once `body` has been called."""
+        return arguments_of(self.spec, self.spec.formulas, self.loads, self.own(), self.numbers)
+
     def body(self) -> list[str]:
         """Every line of the kernel."""
         # Formulas first: printing them collects the loads that have to stand before them.
         state, score, loop, end = self._state(), self._score(), self._loop(), self._end()
         reads = ["# what the formulas read", *self.loads.once, ""] if self.loads.once else []
         step = [*self._keys(), *self.loads.each, *score, *self._step()]
-        return [*self._tile(), *reads, *state, *loop, *_indented(step), *end]
+        return [*self._tile(), *reads, *state, *loop, *indented(step), *end]
 
     def _tile(self) -> list[str]:
         """Which rows this program has, and the query tile."""
@@ -103,11 +124,11 @@ class Skeleton:
             "m_q = o_q < L",
             *(["m_d = o_d < D"] if self.m_d else []),
             *(["m_e = o_e < E"] if self.m_e else []),
-            pointer_line("q", "i_h", "o_d"),
-            pointer_line("k", "i_g", "o_d"),
-            pointer_line("v", "i_g", "o_e"),
+            pointer("q", "i_h", "o_d[None, :]"),
+            pointer("k", "i_g", "o_d[None, :]"),
+            pointer("v", "i_g", "o_e[None, :]"),
             "# [BQ, BD]",
-            load_line("q", "o_q", f"m_q[:, None]{self.m_d}"),
+            load("q", "o_q.to(tl.int64)[:, None]", f"m_q[:, None]{self.m_d}"),
             "",
         ]
 
@@ -169,7 +190,7 @@ class Skeleton:
             lines.append(f"b_s = ({text}){times}" if times else f"b_s = {text}")
         return [
             "# [BK, BD]",
-            load_line("k", "o_k", f"m_k[:, None]{self.m_d}"),
+            load("k", "o_k.to(tl.int64)[:, None]", f"m_k[:, None]{self.m_d}"),
             "# [BQ, BK]",
             *lines,
             *self._mask(),
@@ -209,7 +230,7 @@ class Skeleton:
 
     def _values(self) -> list[str]:
         """The values of one step."""
-        return ["# [BK, BE]", load_line("v", "o_k", f"m_k[:, None]{self.m_e}")]
+        return ["# [BK, BE]", load("v", "o_k.to(tl.int64)[:, None]", f"m_k[:, None]{self.m_e}")]
 
     def _end(self) -> list[str]:
         """Rows that saw nothing, the division, and the stores."""
@@ -224,7 +245,7 @@ class Skeleton:
             lines.append(f"b_o = b_o * ({self.loads.text(self.spec.heads)})")
         return [
             *lines,
-            pointer_line("o", "i_h", "o_e"),
+            pointer("o", "i_h", "o_e[None, :]"),
             "p_o += o_q.to(tl.int64)[:, None] * stride_o_l",
             f"tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q[:, None]{self.m_e})",
         ]
@@ -247,7 +268,7 @@ class Skeleton:
         some = "if tl.max(m_empty.to(tl.int32), 0) > 0:"
         if isinstance(self.sums, EditedSums):
             alike = self.sums.alike(self._values())
-            return [found, f"{some}  # they weigh all keys alike", *_indented(alike)]
+            return [found, f"{some}  # they weigh all keys alike", *indented(alike)]
         return [
             found,
             f"{some}  # they give the mean of v over all keys",
@@ -255,7 +276,7 @@ class Skeleton:
             "    for i_k in range(0, M, BK):",
             "        o_k = i_k + tl.arange(0, BK)",
             "        # [BK, BE]",
-            f"        {load_line('v', 'o_k', f'(o_k < M)[:, None]{self.m_e}')}",
+            f"        {load('v', 'o_k.to(tl.int64)[:, None]', f'(o_k < M)[:, None]{self.m_e}')}",
             "        b_mean += tl.sum(b_v.to(tl.float32), 0)",
             "    b_o = tl.where(m_empty[:, None], b_mean[None, :], b_o)",
             "    b_l = tl.where(m_empty, M, b_l)",
@@ -267,30 +288,9 @@ def _is_small(score: Expr) -> bool:
     return all(abs(float(x)) < _HUGE for x in score.atoms(sympy.Number))
 
 
-def _padded(dim: int) -> int:
-    """The size of a tile that holds `dim` columns: a power of two that the tensor cores take."""
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def pointer_line(name: str, head: str, columns: str) -> str:
-    """The line with the pointers to the columns of the first row of a head."""
-    start = f"i_b.to(tl.int64) * stride_{name}_b + {head}.to(tl.int64) * stride_{name}_h"
-    return f"p_{name} = {name} + {start} + {columns}[None, :] * stride_{name}_d"
-
-
-def load_line(name: str, rows: str, mask: str) -> str:
-    """The line that loads a tile of q, k or v."""
-    pointer = f"p_{name} + {rows}.to(tl.int64)[:, None] * stride_{name}_l"
-    return f"b_{name} = tl.load({pointer}, mask={mask}, other=0.0)"
-
-
 def _nested(function: str, parts: list[str]) -> str:
     """`tl.maximum` or `tl.minimum` of all parts."""
     result = parts[0]
     for part in parts[1:]:
         result = f"tl.{function}({result}, {part})"
     return result
-
-
-def _indented(lines: Iterable[str]) -> list[str]:
-    return [f"    {line}" if line else "" for line in lines]

@@ -1,20 +1,18 @@
-"""Generated Triton files that hold several kernels: imported, launched, compiled ahead of time.
+"""Generated Triton files, of one kernel or several: their text, launched, compiled ahead of time.
 
-The softmax family has one kernel a file, and `triton_launch` for it; here are those whose work is
-cut into several kernels, or needs lists besides tensors.
+Text needs no Triton: it is imported where a kernel is launched or compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +20,34 @@ from torch import Tensor
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
 from rewriter.kernels.triton_aot import ALIGNED, POINTERS, Resources, usage_of
-from rewriter.kernels.triton_cache import cache_folder, write_atomically
+from rewriter.kernels.triton_cache import imported
 from rewriter.kernels.triton_code import HELPERS
-from rewriter.kernels.triton_codegen import Argument, harmless
 from rewriter.kernels.triton_loads import Loads, Place, identifiers
 from rewriter.spec import Spec
 from rewriter.symbols import Formula
 
-__all__ = ["Formulas", "Function", "Source", "compile_function", "function_text", "launch"]
+__all__ = [
+    "Argument",
+    "Formulas",
+    "Function",
+    "Source",
+    "arguments_of",
+    "compile_function",
+    "file_text",
+    "function_text",
+    "launch",
+]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One run-time argument of a generated kernel."""
+
+    name: str
+    kind: Literal["tensor", "stride", "extent", "size"]
+    of: str
+    """What a call knows the tensor or the size by; `t:` and the name for a tensor of the spec."""
+    dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,8 +66,12 @@ class Source:
     """A generated file."""
 
     stem: str
+    """What the file is called, before its digest."""
     text: str
     functions: tuple[Function, ...]
+
+    def __hash__(self) -> int:
+        return hash(self.text)  # which Python keeps: a file is looked up at every call
 
     @cached_property
     def digest(self) -> str:
@@ -71,13 +93,10 @@ class Formulas:
     """
 
     def __init__(self, spec: Spec, taken: Sequence[str] = ()) -> None:
-        """`taken`: what the kernel writes behind `b_` itself, besides what every kernel does."""
+        """`taken`: what the kernel writes behind `b_` or `n_` besides what every kernel does."""
         self.spec = spec
-        self.sizes = {n: f"n_{ident}" for n, ident in identifiers(spec.sizes).items()}
-        self.loads = Loads({t.name: t.dtype for t in spec.tensors}, self.sizes)
-        for name, ident in self.loads.idents.items():
-            if ident in taken:
-                self.loads.idents[name] = f"{ident}_"
+        self.sizes = {n: f"n_{ident}" for n, ident in identifiers(spec.sizes, taken).items()}
+        self.loads = Loads({t.name: t.dtype for t in spec.tensors}, self.sizes, taken)
         self._printed: list[Formula] = []
 
     def text(self, formula: Formula, place: Place = "tile") -> str:
@@ -91,31 +110,41 @@ class Formulas:
         return ["# what the formulas read", *self.loads.once, ""] if self.loads.once else []
 
     def arguments(self, own: Sequence[Argument], numbers: str) -> tuple[Argument, ...]:
-        """The arguments of the kernel: its own tensors, those of the formulas, strides, sizes.
-
-        Args:
-            own: tensors and strides of the kernel itself.
-            numbers: the sizes that it uses itself, a letter each.
-        """
-        loads = self.loads
-        names = {r.tensor for f in self._printed for r in sym.reads(f)}
-        read = [(t, loads.idents[t.name]) for t in self.spec.tensors if t.name in names]
-        args = [a for a in own if a.kind == "tensor"]
-        args += [Argument(f"t_{ident}", "tensor", f"t:{t.name}") for t, ident in read]
-        args += [a for a in own if a.kind != "tensor"]
-        for t, ident in read:
-            used = [dim for dim in range(t.rank) if (t.name, dim) in loads.strides]
-            args += [Argument(f"stride_{ident}_{d}", "stride", f"t:{t.name}", d) for d in used]
-        for name, dim in loads.extents:
-            args.append(Argument(f"size_{loads.idents[name]}_{dim}", "extent", f"t:{name}", dim))
-        symbols = {str(x) for f in self._printed for x in f.free_symbols}
-        wanted = [n for n in "BHGLM" if n in numbers or n in symbols]
-        wanted += [n for n in numbers if n not in "BHGLM"]
-        args += [Argument(n, "size", n) for n in wanted]
-        return (*args, *(Argument(self.sizes[n], "size", n) for n in self.sizes if n in symbols))
+        """The arguments of the kernel, given those of its own; see `arguments_of`."""
+        return arguments_of(self.spec, self._printed, self.loads, own, numbers)
 
 
-def function_text(function: Function, body: Sequence[str], *, helpers: Sequence[str] = ()) -> str:
+def arguments_of(
+    spec: Spec, formulas: Iterable[Formula], loads: Loads, own: Sequence[Argument], numbers: str
+) -> tuple[Argument, ...]:
+    """The arguments of a kernel: its own tensors, those of the formulas, strides, extents that
+    bound an index, sizes.
+
+    Args:
+        formulas: those that the kernel computes.
+        loads: what their printing asked for.
+        own: tensors and strides of the kernel itself.
+        numbers: the sizes that it uses itself, a letter each.
+    """
+    formulas = list(formulas)
+    names = {r.tensor for f in formulas for r in sym.reads(f)}
+    read = [(t, loads.idents[t.name]) for t in spec.tensors if t.name in names]
+    args = [a for a in own if a.kind == "tensor"]
+    args += [Argument(f"t_{ident}", "tensor", f"t:{t.name}") for t, ident in read]
+    args += [a for a in own if a.kind != "tensor"]
+    for t, ident in read:
+        used = [dim for dim in range(t.rank) if (t.name, dim) in loads.strides]
+        args += [Argument(f"stride_{ident}_{d}", "stride", f"t:{t.name}", d) for d in used]
+    for name, dim in loads.extents:
+        args.append(Argument(f"size_{loads.idents[name]}_{dim}", "extent", f"t:{name}", dim))
+    symbols = {str(x) for f in formulas for x in f.free_symbols}
+    wanted = [n for n in "BHGLM" if n in numbers or n in symbols]
+    wanted += [n for n in numbers if n not in "BHGLM"]
+    args += [Argument(n, "size", n) for n in wanted]
+    return (*args, *(Argument(loads.sizes[n], "size", n) for n in loads.sizes if n in symbols))
+
+
+def function_text(function: Function, body: Sequence[str], *, helpers: Iterable[str] = ()) -> str:
     """The definition of a kernel, with the helpers that it calls in front."""
     changing = ", ".join(f'"{a.name}"' for a in function.arguments if a.kind in ("size", "extent"))
     parameters = [f"{a.name}," for a in function.arguments]
@@ -135,33 +164,11 @@ def file_text(header: Sequence[str], constants: Sequence[str], kernels: Sequence
     """The whole file: what it computes, imports, constants, kernels."""
     imports = ["import triton", "import triton.language as tl"]
     top = [*imports, "", *constants] if constants else imports
-    docstring = harmless("\n".join(header))
+    docstring = "\n".join(header).replace("\\", "/").replace('"', "'")  # names come from models
     return "\n".join([f'"""{docstring}\n"""\n', "\n".join(top) + "\n\n", "\n\n".join(kernels)])
 
 
 # --- running --------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def imported(source: Source, folder: Path | None = None) -> Any:
-    """The file as a module, written to the cache folder; its attributes are Triton functions."""
-    folder = folder or cache_folder()
-    path = folder / f"{source.stem}_{source.digest}.py"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text(encoding="utf-8") != source.text:
-            write_atomically(path, source.text)
-    except OSError as error:
-        raise LoweringError(
-            f"the kernel could not be written to {folder} ({error.strerror}); "
-            "set REWRITER_CACHE to a folder that can be written"
-        ) from error
-    found = importlib.util.spec_from_file_location(f"rewriter_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 def launch(

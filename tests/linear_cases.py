@@ -1,8 +1,5 @@
-"""Runs the generated kernels of linear attention in a process of its own; see `triton_worker`.
-
-python tests/linear_worker.py interpret      numbers of every case, against the reference
-python tests/linear_worker.py compile        registers, stack and shared memory
-"""
+"""The specs of linear attention with which `families_worker` runs the generated kernels, the calls
+that it compares with the reference, and the kernels that it compiles."""
 
 from __future__ import annotations
 

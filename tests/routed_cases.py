@@ -1,8 +1,5 @@
-"""Runs the generated kernel of routed attention in a process of its own; see `triton_worker`.
-
-python tests/routed_worker.py interpret      numbers of every case, against the reference
-python tests/routed_worker.py compile        registers, stack and shared memory
-"""
+"""The specs of routed attention with which `families_worker` runs the generated kernel, the calls
+that it compares with the reference, and the kernels that it compiles."""
 
 from __future__ import annotations
 

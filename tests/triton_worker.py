@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from rewriter.kernels.triton_codegen import KernelSpec
+from rewriter.kernels.triton_codegen import KERNEL, KernelSpec, codegen
 from rewriter.kernels.triton_tiles import tile_for
 from rewriter.reference import reference, reference_weights
 from rewriter.spec import SoftmaxSpec
@@ -312,18 +312,20 @@ BUILDS = (
 
 def build(case: Build) -> dict[str, Any]:
     """What the kernel takes."""
-    from rewriter.kernels.triton_aot import compile_kernel
+    from rewriter.kernels.triton_source import compile_function
 
     spec: SoftmaxSpec = (SPECS | MERGED)[case.spec]
     tile = tile_for(spec, case.dim, case.dim, case.dtype, case.q_len, case.capability)  # type: ignore[arg-type]
     kernel = KernelSpec(spec, case.dim, case.dim, case.dtype, tile, case.lse)  # type: ignore[arg-type]
-    return vars(compile_kernel(kernel, case.capability))
+    dtypes = dict.fromkeys("qkvo", case.dtype) | {"lse": "float32"}
+    dtypes |= {f"t:{t.name}": t.dtype for t in kernel.lowered[0].tensors}
+    return vars(compile_function(codegen(kernel), KERNEL, dtypes, case.capability))
 
 
 # --- both -----------------------------------------------------------------------------------------
 
 
-def collect(mode: str, folder: Path) -> dict[str, Any]:
+def collect(mode: str, folder: Path, script: str = __file__) -> dict[str, Any]:
     """The results of a worker process, by the name of the case; an error is `{"failed": text}`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
@@ -335,7 +337,7 @@ def collect(mode: str, folder: Path) -> dict[str, Any]:
     if mode == "interpret":
         environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
-        [sys.executable, __file__, mode],
+        [sys.executable, script, mode],
         env=environment,
         capture_output=True,
         text=True,

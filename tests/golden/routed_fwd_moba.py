@@ -6,16 +6,16 @@ q [B, H, L, 64], k [B, H / G, M, 64], v [B, H / G, M, 64], o [B, H, L, 64]: bflo
 Scores and sums are float32.
 A row that sees no key gives 0.
 first [tiles + 1]: where the blocks of each tile of queries begin in `block`, int32.
-block [pairs]: the blocks of keys that some query of a tile sees, ascending, int32.
+block [pairs, 3]: each block of keys that some query of a tile sees,
+ascending, and a bit for each query of the tile, 1 where it sees it; int32.
 Block c holds the keys from 512 c on.
-chosen [B, H, L, C]: 1 where a query sees a block, uint8.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["H", "G", "L", "M", "T", "C"])
+@triton.jit(do_not_specialize=["H", "G", "L", "M", "T"])
 def routed_fwd_kernel(
     q,
     k,
@@ -23,7 +23,6 @@ def routed_fwd_kernel(
     o,
     first,
     block,
-    chosen,
     stride_q_b,
     stride_q_h,
     stride_q_l,
@@ -45,7 +44,6 @@ def routed_fwd_kernel(
     L,
     M,
     T,
-    C,
     BQ: tl.constexpr = 64,
     BK: tl.constexpr = 64,
     BD: tl.constexpr = 64,
@@ -58,13 +56,13 @@ def routed_fwd_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     i_g = i_h // G  # the head of k and v
     i_q = i_t % T * BQ  # the first query
-    o_q = i_q + tl.arange(0, BQ)
+    o_r = tl.arange(0, BQ)
+    o_q = i_q + o_r
     m_q = o_q < L
     o_d, o_e = tl.arange(0, BD), tl.arange(0, BE)
     p_q = q + i_b.to(tl.int64) * stride_q_b + i_h.to(tl.int64) * stride_q_h + o_d[None, :] * stride_q_d
     p_k = k + i_b.to(tl.int64) * stride_k_b + i_g.to(tl.int64) * stride_k_h + o_d[None, :] * stride_k_d
     p_v = v + i_b.to(tl.int64) * stride_v_b + i_g.to(tl.int64) * stride_v_h + o_e[None, :] * stride_v_d
-    p_chosen = chosen + (i_bh.to(tl.int64) * L + o_q) * C
     # [BQ, BD]
     b_q = tl.load(p_q + o_q.to(tl.int64)[:, None] * stride_q_l, mask=m_q[:, None], other=0.0)
 
@@ -75,14 +73,15 @@ def routed_fwd_kernel(
     b_o = tl.zeros([BQ, BE], dtype=tl.float32)
 
     # the keys of the listed blocks, BK at a time
-    n_w = tl.cdiv(W, BK)
+    n_p = tl.cdiv(W, BK)  # parts of a block
     i_first, i_end = tl.load(first + i_t), tl.load(first + i_t + 1)
-    for i_j in range(i_first * n_w, i_end * n_w):
-        i_c = tl.load(block + i_j // n_w)
-        o_w = i_j % n_w * BK + tl.arange(0, BK)
+    for i_j in range(i_first * n_p, i_end * n_p):
+        p_pair = block + i_j // n_p * 3
+        i_c = tl.load(p_pair)
+        o_w = i_j % n_p * BK + tl.arange(0, BK)
         o_k = i_c * W + o_w
         m_k = (o_w < W) & (o_k < M)
-        m_c = tl.load(p_chosen + i_c, mask=m_q, other=0) != 0
+        m_c = (tl.load(p_pair + 1 + o_r // 32) >> o_r % 32 & 1) != 0
         # [BK, BD]
         b_k = tl.load(p_k + o_k.to(tl.int64)[:, None] * stride_k_l, mask=m_k[:, None], other=0.0)
         # [BQ, BK]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rewriter.errors import LoweringError
-from rewriter.kernels.triton_aot import compile_kernel
+from rewriter.kernels.triton_source import Source, compile_function
 from triton_specs import MERGED
 from triton_worker import BUILDS, Build, collect
 
@@ -35,4 +35,4 @@ def test_the_kernel_fits_and_does_not_spill(build: Build, results: dict[str, Any
 def test_a_process_that_interprets_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(LoweringError, match="cannot compile"):
-        compile_kernel(None, 90)  # type: ignore[arg-type]
+        compile_function(Source("no", "", ()), "no", {}, 90)

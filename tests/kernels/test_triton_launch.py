@@ -11,9 +11,10 @@ from sympy import Integer
 
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels import triton_launch
-from rewriter.kernels.triton_cache import write_kernel
+from rewriter.kernels.triton_cache import written
 from rewriter.kernels.triton_codegen import KernelSpec, Tile, codegen
 from rewriter.kernels.triton_launch import forward, supports
+from rewriter.kernels.triton_source import Source
 from rewriter.lowering import Shapes
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.stages import Edit
@@ -138,17 +139,16 @@ def test_no_queries_give_an_empty_output() -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def kernel() -> KernelSpec:
-    return KernelSpec(SPECS["causal"], 64, 64, "bfloat16", Tile(64, 64, 4, 2))
+def source() -> Source:
+    return codegen(KernelSpec(SPECS["causal"], 64, 64, "bfloat16", Tile(64, 64, 4, 2)))
 
 
 def test_the_file_is_written_whole_and_mended(tmp_path: Path) -> None:
-    path = write_kernel(kernel(), tmp_path / "a" / "b")
-    assert path.read_text(encoding="utf-8") == codegen(kernel())
+    folder = tmp_path / "a" / "b"
+    path = written(source(), folder)
+    assert path.read_text(encoding="utf-8") == source().text
     path.write_text("something else")
-    assert write_kernel(kernel(), tmp_path / "a" / "b").read_text(encoding="utf-8") == codegen(
-        kernel()
-    )
+    assert written(source(), folder).read_text(encoding="utf-8") == source().text
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -158,5 +158,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(LoweringError, match=r"No space left on device.*set REWRITER_CACHE"):
-        write_kernel(kernel(), tmp_path)
+        written(source(), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ largest output; and flash-linear-attention's own, a root mean square of 0.5 % of
 
 from __future__ import annotations
 
+import ast
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,21 @@ from typing import Any
 
 import pytest
 import torch
+from sympy import Float, Symbol
 
+import triton_wide
 from families_worker import SHARED_BYTES, collect
 from linear_cases import BUILDS, CASES, PAD, SEEN, SPECS, Build, Case, both
+from rewriter.errors import ShapeError
+from rewriter.kernels.triton_linear import forward
 from rewriter.kernels.triton_linear_code import linear_source
 from rewriter.kernels.triton_linear_kernel import LinearKernel, LinearTile
 from rewriter.linear import Features, LinearSpec, Near
 from rewriter.lowering import TRITON, Shapes, explain
 from rewriter.passes.decay import decay_of
-from rewriter.symbols import Trunc, k
+from rewriter.spec import TensorArg
+from rewriter.symbols import Read, Trunc, b, k, size_symbol
+from triton_worker import collect as run_worker
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("triton-families")]
 
@@ -53,6 +60,41 @@ def test_a_prompt_leaves_the_state_that_the_next_tokens_go_on_from(results: dict
     for name, found in results["remembered"].items():
         assert found["keys"] == [1, 1, 2], f"{name}: keys that each call of torch read"
         assert found["error"] <= 2e-6
+
+
+# --- more features than a tile holds --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("wide")
+    return run_worker("interpret", folder, triton_wide.__file__)
+
+
+@pytest.mark.parametrize("name", [*triton_wide.SPECS, "plain-float16", "exp-sum-float16"])
+def test_no_number_of_features_is_left_to_torch(name: str, wide: dict[str, Any]) -> None:
+    result = wide[name]
+    assert result["error"] <= 2 * result["reference_error"] + result["floor"]
+    assert result["dtype"] == ("torch.float16" if "float16" in name else "torch.float32")
+    assert result["size"] > 0.05, "there is something to agree on"
+
+
+def test_the_parts_of_many_features_leave_one_state(wide: dict[str, Any]) -> None:
+    assert wide["remembered"]["exp-sum"] <= 2e-6
+    assert wide["remembered"]["silu-rms"] <= 5e-6  # numbers around 1.5, divided by a norm
+
+
+def test_a_part_of_many_features_fits_and_does_not_spill(tmp_path: Path) -> None:
+    for name, result in run_worker("compile", tmp_path, triton_wide.__file__).items():
+        assert result["stack_bytes"] == 0, name
+        assert result["shared_bytes"] <= SHARED_BYTES[80]
+
+
+def test_maps_to_different_numbers_of_features_are_refused() -> None:
+    x = [torch.zeros(1, heads, 5, 16) for heads in (2, 1, 1)]
+    matrices = [torch.zeros(2, 16, 20), torch.zeros(1, 16, 24)]
+    with pytest.raises(ShapeError, match="20 features of a query and 24 of a key"):
+        forward(triton_wide.SPECS["plain"], *x, matrices)
 
 
 # --- resources ------------------------------------------------------------------------------------
@@ -95,6 +137,26 @@ def test_a_plain_spec_gives_plain_kernels() -> None:
     for absent in ("tl.exp", "number", "b_w", "b_l", "m_d", "m_e", "LEAST", "EPS"):
         assert absent not in text, absent
     assert text.count("tl.dot") == 4
+
+
+def test_tensors_and_sizes_may_be_called_like_what_the_kernels_use_themselves() -> None:
+    names, sizes = ("d", "d_", "number", "h", "k_up"), ("e", "last", "next", "s", "t")
+    weight = sum(Read(Symbol(n), b, k) for n in names) + sum(map(size_symbol, sizes))
+    tensors = tuple(TensorArg(n, "float32", 2) for n in names)
+    decay = Float(-0.1)
+    spec = both("exp", norm="sum", decay=decay, seen=SEEN, key_weight=weight, sizes=sizes,
+                tensors=(*PAD, *tensors))  # fmt: skip
+    for node in ast.parse(linear_source(kernel_of(spec)).text).body:
+        if isinstance(node, ast.FunctionDef):
+            given = [a.arg for a in node.args.args]
+            stored = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and _is_stored(n)]
+            assert len(set(given)) == len(given)
+            assert not set(stored) & set(given), "an argument is overwritten"
+            assert stored.count("p_number") <= 1
+
+
+def _is_stored(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
 
 
 def test_heads_of_one_key_head_share_a_state_unless_something_tells_them_apart() -> None:

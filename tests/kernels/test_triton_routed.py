@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from sympy import Symbol
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from families_worker import SHARED_BYTES, collect
+from rewriter.kernels import triton_routed
+from rewriter.kernels.block_lists import BlockList
 from rewriter.kernels.triton_codegen import KernelSpec, Tile
-from rewriter.kernels.triton_routed import _tiles_of
+from rewriter.kernels.triton_routed import _pairs, _tiles_of
 from rewriter.kernels.triton_routed_code import RoutedKernel, routed_source
 from rewriter.lowering import Shapes, explain
-from routed_cases import BUILDS, CASES, SPECS, Build, Case, moba, regions
+from rewriter.spec import TensorArg
+from rewriter.symbols import Read, h, s
+from routed_cases import BUILDS, CASES, PAD, SPECS, Build, Case, moba, regions
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("triton-families")]
 
@@ -84,15 +91,67 @@ def test_a_table_of_places_stands_only_where_keys_are_no_neighbours() -> None:
 
 
 def test_a_tensor_may_be_called_like_a_list_of_the_kernel() -> None:
-    text = text_of(SPECS["bias"])
-    assert "b_chosen_ = tl.load(p_chosen_)" in text
-    assert "m_c = tl.load(p_chosen + i_c" in text
+    names = ("pair", "place")
+    score = s + sum(Read(Symbol(n), h) for n in names)
+    tensors = (*PAD, *(TensorArg(n, "float32", 1) for n in names))
+    spec = replace(SPECS["padding"], score=score, tensors=tensors)
+    lines = [line.strip() for line in text_of(spec).splitlines()]
+    for name in names:
+        assert sum(line.startswith(f"b_{name}_ = tl.load(p_{name}_)") for line in lines) == 1
+        assert sum(line.startswith(f"p_{name} = ") for line in lines) == 1
 
 
 def test_the_queries_of_a_region_have_tiles_of_their_own() -> None:
     places = torch.tensor([[1, 2, 5], [3, 4, -1]])
     assert _tiles_of(places, 2).tolist() == [[1, 2], [5, -1], [3, 4], [-1, -1]]
     assert _tiles_of(places, 4).tolist() == [[1, 2, 5, -1], [3, 4, -1, -1]]
+
+
+def test_each_pair_of_a_tile_and_a_block_has_a_bit_for_each_query() -> None:
+    seen = torch.zeros(2, 70, 3, dtype=torch.bool)  # two heads, 70 queries
+    for query, block in ((0, 2), (31, 2), (32, 2), (63, 0), (69, 1)):
+        seen[1, query, block] = True
+    found = BlockList.from_chosen(seen.flatten(0, 1), seen.new_zeros(1, 1))
+    (heads, tiles), entries = _pairs(found, 70, 64)
+    assert heads.tolist() == [1, 1, 1]
+    assert tiles.tolist() == [0, 0, 1]
+    assert entries.tolist() == [[0, 0, -(2**31)], [2, 1 - 2**31, 1], [1, 1 << 5, 0]]
+    (_, tiles), entries = _pairs(found, 70, 16)
+    assert tiles.tolist() == [0, 1, 2, 3, 4]
+    assert entries.tolist() == [[2, 1], [2, 1 << 15], [2, 1], [0, 1 << 15], [1, 1 << 5]]
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes that one tensor takes of those that are made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def test_memory_grows_with_the_tokens_not_with_tokens_times_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handed: dict[str, Tensor] = {}
+    monkeypatch.setattr(triton_routed, "launch", lambda s, n, p, x, sizes: handed.update(x))
+    monkeypatch.setattr(triton_routed, "_PRODUCTS", 2**12)
+    sizes, most = [], []
+    for length in (1024, 2048):
+        torch.manual_seed(0)
+        x = [torch.randn(1, heads, length, 8) for heads in (2, 1, 1)]
+        with _Largest() as largest:
+            triton_routed.forward(moba(2, 16), *x)
+        lists = [t for name, t in handed.items() if name not in "qkvo"]
+        sizes.append(sum(t.untyped_storage().nbytes() for t in lists))
+        most.append(largest.bytes)
+    assert sizes[1] <= 2.5 * sizes[0]  # a byte a query and block would be four times as many
+    assert most[1] <= 2.5 * most[0]
+    assert most[1] < 2 * 2048 * 128, "a byte a query and block"
 
 
 # --- the table ------------------------------------------------------------------------------------

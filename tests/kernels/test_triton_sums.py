@@ -39,7 +39,7 @@ def test_groups_share_a_sum_where_they_can(
     edit = Edit(GROUP, tuple(sympy.sympify(a) for a in factors))
     found = [(s.groups, s.factor) for s in sums_of_edit(edit, "bfloat16")]
     assert found == sums
-    assert codegen(grouped(edit)).count("tl.dot(") == 1 + len([g for g, _ in sums if g])
+    assert codegen(grouped(edit)).text.count("tl.dot(") == 1 + len([g for g, _ in sums if g])
 
 
 def grouped(edit: Edit, dtype: Dtype = "bfloat16") -> KernelSpec:
@@ -51,12 +51,12 @@ def test_float16_weights_are_multiplied_by_no_factor_that_may_overflow_them() ->
     edit = Edit(GROUP, (A, sympy.Float(3), SHARE, sympy.Integer(1)))
     assert [s.groups for s in sums_of_edit(edit, "float16")] == [(0, 3), (1,), (2,)]
     assert [s.groups for s in sums_of_edit(edit, "bfloat16")] == [(0, 1, 2, 3)]
-    assert "RAISE" in codegen(grouped(edit, "float16"))
-    assert "RAISE" not in codegen(grouped(edit))
+    assert "RAISE" in codegen(grouped(edit, "float16")).text
+    assert "RAISE" not in codegen(grouped(edit)).text
 
 
 def test_only_masses_that_a_factor_reads_are_added_up() -> None:
-    text = codegen(grouped(Edit(GROUP, (sympy.Integer(1), sympy.Integer(0), 1 + M1 / M2))))
+    text = codegen(grouped(Edit(GROUP, (sympy.Integer(1), sympy.Integer(0), 1 + M1 / M2)))).text
     assert [f"b_l{g} = " in text for g in range(4)] == [False, True, True, False]
 
 
@@ -78,7 +78,7 @@ def test_a_tensor_may_be_called_like_what_the_edit_uses_itself() -> None:
     reads = sum(Read(Symbol(n), h) for n in names)
     edit = Edit(Where(k < 2, 1, 0), (reads * M0, reads + M1))
     spec = SoftmaxSpec(edit=edit, tensors=tuple(TensorArg(n, "float32", 1) for n in names))
-    lines = codegen(KernelSpec(spec, 64, 64, "bfloat16", TILE)).splitlines()
+    lines = codegen(KernelSpec(spec, 64, 64, "bfloat16", TILE)).text.splitlines()
     loaded = {line.split(" = ")[0].strip() for line in lines if " = tl.load(t_" in line}
     loaded |= {line.split(" = ")[0].strip() for line in lines if "= tl.load(p_" in line}
     computed = [line.split(" = ")[0].strip() for line in lines if " = tl.load(" not in line]
