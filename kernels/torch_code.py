@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
+from rewriter.families import from_json
 from rewriter.kernels.torch_block import Block, Value
 from rewriter.spec import SoftmaxSpec
 from rewriter.stages import Edit
@@ -89,7 +90,8 @@ def conjuncts(mask: Boolean) -> tuple[Boolean, ...]:
 @lru_cache(maxsize=1024)
 def compiled(spec_json: str) -> Code:
     """The functions of the spec that `SoftmaxSpec.to_json` wrote."""
-    spec = SoftmaxSpec.from_json(spec_json)
+    spec = from_json(spec_json)
+    assert isinstance(spec, SoftmaxSpec)
     text = source(spec)
     name = f"<attention {spec.digest()}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)

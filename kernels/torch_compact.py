@@ -23,6 +23,7 @@ from rewriter.kernels.torch_compact_blocks import Chunked
 from rewriter.kernels.torch_compact_causal import causal, causal_offset_of, is_causal
 from rewriter.kernels.torch_compact_rows import Packed
 from rewriter.kernels.torch_plan import Plan, plan_of
+from rewriter.kernels.torch_softmax import blocked_supports
 from rewriter.spec import SoftmaxSpec
 
 if TYPE_CHECKING:
@@ -52,10 +53,9 @@ def compact_supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
         return "how many heads are off is not known"
     if shapes.device != "cpu":
         return f"it is measured on CPUs only, not on {shapes.device}"
-    if not shapes.dtype.is_floating_point or shapes.dtype.itemsize < 2:
-        return f"{str(shapes.dtype).removeprefix('torch.')} is not a floating dtype of attention"
-    if shapes.heads % shapes.kv_heads:
-        return f"{shapes.heads} query heads are not a multiple of {shapes.kv_heads} key heads"
+    reason = blocked_supports(spec, shapes)
+    if reason is not None:
+        return reason
     if spec.edit is not None:
         return "the weights are edited by groups of keys"
     if spec.dropout:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.torch_compact_rows import Packed
-from rewriter.kernels.torch_flash import flash, join
+from rewriter.kernels.torch_flash import dense, flash, join
 from rewriter.kernels.torch_plan import Plan
 
 __all__ = ["causal", "causal_offset_of", "is_causal"]
@@ -77,7 +77,7 @@ def _full_head(call: Packed, b: int, h: int, out: Tensor) -> None:
     """A head that is on for every query."""
     lane, first = b * call.kv_heads + h // call.group, (b * call.heads + h) * call.q_len
     rows = slice(first, first + call.q_len)
-    q, k, v = call.q[rows].to(call.dtype), _dense(call.k[lane]), _dense(call.v[lane])
+    q, k, v = call.q[rows].to(call.dtype), call.k[lane], call.v[lane]
     o, _ = flash(*(x[None, None] for x in (q, k, v)), scale=call.plan.code.scale, is_causal=True)
     out[rows] = o[0, 0] * call.factor[b, h][:, None]
 
@@ -113,7 +113,7 @@ class _Cut:
             edges = self.edges[lane * self.blocks : (lane + 1) * self.blocks + 1]
             if edges[0] == edges[-1]:
                 continue
-            k, v = (_dense(x[lane])[None, None] for x in (self.call.k, self.call.v))
+            k, v = (dense(x[lane])[None, None] for x in (self.call.k, self.call.v))
             for rows, keys in _rectangles(edges, self.block):
                 q = self.q[None, None, rows]
                 more, more_lse = flash(q, k[:, :, keys], v[:, :, keys], scale=scale)
@@ -182,7 +182,3 @@ def _rectangles(edges: list[int], block: int) -> Iterator[tuple[slice, slice]]:
 def _padded(x: Tensor, more: int) -> Tensor:
     """Keys or values `[n, M, D]` with so many rows of zeros behind them."""
     return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x.contiguous()
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -42,7 +42,7 @@ def edited_at_few_keys(call: FusedEdit) -> Tensor | None:
     if max(sum(map(len, x.values())) for x in keys) > MOST_KEYS * call.kv_len:
         return None
     out, lse = call.fused(call.q, call.k, call.v, is_causal=bool(call.is_causal))
-    with_sink = call.with_sink(lse)
+    with_sink = call.with_sink(lse, call.block(call.everything))
     if with_sink is not lse:
         out *= torch.exp(lse - with_sink)[..., None]
     for b, groups in enumerate(keys):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rewriter.kernels.torch_block import Block
 from rewriter.kernels.torch_edit import groups_of
-from rewriter.kernels.torch_flash import flash
+from rewriter.kernels.torch_flash import dense, flash
 from rewriter.kernels.torch_plan import Plan, Spans, plan_of, queries_of
 from rewriter.spec import SoftmaxSpec
 
@@ -69,7 +69,7 @@ class FusedEdit:
         self.plan, self.edit, self.tensors = plan, plan.code.edit, tensors
         self.dtype = torch.float64 if torch.float64 in (q.dtype, v.dtype) else torch.float32
         self.value_dtype = v.dtype
-        self.q, self.k, self.v = (_dense(x.to(self.dtype)) for x in (q, k, v))
+        self.q, self.k, self.v = (dense(x.to(self.dtype)) for x in (q, k, v))
         (self.batch, self.heads, self.q_len, _), self.kv_len = q.shape, k.shape[2]
         self.shared = self.heads // k.shape[1]
         self.sizes = {"B": self.batch, "H": self.heads, "L": self.q_len, "M": self.kv_len}
@@ -118,11 +118,11 @@ class FusedEdit:
             out[:, heads], lse[:, heads] = flash(q[:, heads], k, v, **more)
         return out, lse
 
-    def with_sink(self, lse: Tensor) -> Tensor:
-        """The logsumexp `[B, H, L]` with the learned sink, if there is one."""
+    def with_sink(self, lse: Tensor, x: Block) -> Tensor:
+        """The logsumexp `[B, H, L]` of the rows of a block with the learned sink, if there is
+        one."""
         if self.plan.code.sink is None:
             return lse
-        x = self.block(self.everything)
         found = self.plan.code.sink(x)
         sink = found if isinstance(found, Tensor) else x.value(found)
         return torch.logaddexp(lse, sink.to(lse.dtype).expand(*lse.shape, 1)[..., 0])
@@ -137,7 +137,3 @@ class FusedEdit:
         if self.plan.code.heads is not None:
             out *= self.plan.code.heads(self.block(self.everything))
         return out.to(self.value_dtype)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

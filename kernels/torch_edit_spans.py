@@ -53,7 +53,7 @@ def _one_batch(call: FusedEdit, b: int, spans: list[tuple[int, int, int]]) -> Te
             join(out[:, :, rows], lse[:, :, rows], *part)
     lse = torch.logsumexp(torch.stack([x for _, x in parts.values()]), 0)
     x = call.block({**call.everything, "b": (b, b + 1)})
-    lse = call.with_sink(lse.expand(call.batch, -1, -1))[b : b + 1]
+    lse = call.with_sink(lse, x)
     shares = {g: (part[1] - lse).exp_()[..., None] for g, part in parts.items()}
     none = lse.new_zeros(1)
     masses = [shares.get(g, none) for g in range(len(call.edit.factors))]

@@ -11,7 +11,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["flash", "join"]
+__all__ = ["dense", "flash", "join"]
+
+
+def dense(x: Tensor) -> Tensor:
+    """The tensor, copied where its last dimension is not contiguous: the kernel takes it as that,
+    whatever its stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def flash(
@@ -33,10 +39,8 @@ def flash(
         is_causal: key k is seen by query q if `k <= q`.
         mask: added to the scaled product, broadcastable to `[B, H, L, M]`.
     """
-    # The kernel takes the last dimension as contiguous, whatever its stride.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+        dense(q), dense(k), dense(v), 0.0, is_causal, attn_mask=mask, scale=scale
     )
     return cast(tuple[Tensor, Tensor], found)
 

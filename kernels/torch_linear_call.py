@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import sympy
 import torch
@@ -24,7 +24,7 @@ from rewriter.errors import ShapeError
 from rewriter.evaluate import Value, evaluate, index_values, tensor_of
 from rewriter.linear import LinearSpec
 
-__all__ = ["CHUNK", "Block", "Call", "Step", "Vectors", "offset_of", "split"]
+__all__ = ["CHUNK", "Block", "Call", "Step", "Vectors", "offset_of"]
 
 CHUNK = 128
 """Keys and queries of one step, at most."""
@@ -43,11 +43,6 @@ def offset_of(position: Expr) -> Expr | None:
     """`position - q`, where that is one number for all queries, heads and sequences."""
     rest = cast(Expr, sympy.expand(position - sym.q))
     return None if rest.has(sym.q, sym.b, sym.h, sym.k, sym.s) else rest
-
-
-def split(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """One dim as several ones: `Tensor.unflatten`, which has no types."""
-    return cast(Tensor, cast(Any, x).unflatten(dim, sizes))
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ class Call:
         found = tensor_of(x, torch.empty((), device=self.device), self.dtype)
         found = found.reshape((1,) * (4 - found.dim()) + found.shape)
         heads = (1, 1) if found.shape[1] == 1 else (self.kv_heads, self.group)
-        return split(found, 1, heads)
+        return torch.unflatten(found, 1, heads)
 
     def vectors(self, named: Mapping[str, Tensor]) -> Vectors:
         """The vectors of the spec, differentiable in the tensors."""
@@ -220,7 +215,7 @@ class Call:
 
     def queries(self, x: Tensor, step: Step) -> Tensor:
         """Rows of a tensor `[B, Hq, L, ·]`, `[B, Hkv, G, rows, ·]`."""
-        return split(x[:, :, step.q0 : step.q1], 1, (self.kv_heads, self.group))
+        return torch.unflatten(x[:, :, step.q0 : step.q1], 1, (self.kv_heads, self.group))
 
     def keys(self, x: Tensor, block: Block) -> Tensor:
         """Rows of a tensor `[B, Hkv, M, ·]`, `[B, Hkv, 1 or G, n, ·]`."""
@@ -228,7 +223,7 @@ class Call:
             return x[:, :, block.at].unsqueeze(2)
         at = self.rows(block.at)
         found = x.gather(2, at.expand(*at.shape[:3], x.shape[3]))
-        return split(found, 2, (block.at.shape[2], block.at.shape[4]))
+        return torch.unflatten(found, 2, (block.at.shape[2], block.at.shape[4]))
 
     def rows(self, at: Tensor) -> Tensor:
         """Places `[B, Hkv, G, 1, n]` as an index `[B, Hkv, G · n, 1]` into a tensor of keys."""

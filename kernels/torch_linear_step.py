@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.evaluate import Value, evaluate, tensor_of
-from rewriter.kernels.torch_linear_call import Block, Call, Step, Vectors, split
+from rewriter.kernels.torch_linear_call import Block, Call, Step, Vectors
 from rewriter.linear import EPS_RMS, EPS_SUM, Features, Near
 from rewriter.reference_linear import features
 
@@ -60,14 +60,14 @@ def advance(call: Call, step: Step, block: Block, x: Parts) -> tuple[Tensor | No
 
 def _features(x: Tensor, phi: Features, named: Mapping[str, Tensor]) -> Tensor:
     """φ of rows `[B, Hkv, G, n, D]` with a matrix for each key head."""
-    return split(features(x.flatten(2, 3), phi, named), 2, x.shape[2:4])
+    return torch.unflatten(features(x.flatten(2, 3), phi, named), 2, x.shape[2:4])
 
 
 def _times(a: Tensor, c: Tensor) -> Tensor:
     """`a @ c`; where c is one for a group of heads, their rows are those of one product."""
     if a.shape[2] == 1 or c.shape[2] > 1:
         return a @ c
-    return split(a.flatten(2, 3) @ c.squeeze(2), 2, a.shape[2:4])
+    return torch.unflatten(a.flatten(2, 3) @ c.squeeze(2), 2, a.shape[2:4])
 
 
 # --- outputs --------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def _attended(
     call: Call, step: Step, block: Block, x: Parts, keys: Tensor | None, values: Tensor
 ) -> Tensor:
     """`Σ w v` of every query, `[B, Hkv, G, rows, E]`."""
-    phi = split(features(x.q.flatten(1, 2), call.spec.q_map, x.named), 1, x.q.shape[1:3])
+    phi = torch.unflatten(features(x.q.flatten(1, 2), call.spec.q_map, x.named), 1, x.q.shape[1:3])
     if "query_weight" in x.vectors:
         phi = phi * x.vectors["query_weight"]
     last = call.last(step)
@@ -127,7 +127,7 @@ def _near(call: Call, near: Near, step: Step, block: Block, x: Parts, hidden: Te
         values["k"] = _places(call, block)
         found = tensor_of(evaluate(near.score, values, x.named, call.dtype), score, call.dtype)
         score = found.to(call.dtype).expand(shape[0], call.heads, *shape[3:])
-        score = split(score, 1, shape[1:3])
+        score = torch.unflatten(score, 1, shape[1:3])
     score = score.masked_fill(hidden, -torch.inf)
     largest = score.amax(-1, keepdim=True)
     weights = torch.exp(score - torch.where(largest == -torch.inf, 0.0, largest))

@@ -11,6 +11,7 @@ import sympy
 from torch import Tensor
 
 from rewriter import symbols as sym
+from rewriter.families import from_json
 from rewriter.kernels.block_bounds import KeyRanges, Queries, causal_offset, key_ranges
 from rewriter.kernels.torch_block import Block, Value
 from rewriter.kernels.torch_code import Code, compiled, conjuncts
@@ -49,7 +50,8 @@ class Plan:
 @lru_cache(maxsize=1024)
 def plan_of(spec_json: str) -> Plan:
     """The plan of the spec that `SoftmaxSpec.to_json` wrote."""
-    spec = SoftmaxSpec.from_json(spec_json)
+    spec = from_json(spec_json)
+    assert isinstance(spec, SoftmaxSpec)
     code = compiled(spec_json)
     terms = tuple(
         Term(hidden, key_ranges(sympy.Not(term)), causal_offset(term), term.has(sym.q))

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from rewriter.beside import Beside
 from rewriter.kernels.torch_routed_work import Listed, Work, tokens_of, unfit
+from rewriter.kernels.torch_softmax import blocked_supports
 from rewriter.kernels.torch_tiles import Operands, Sums, Tiles
 from rewriter.spec import SoftmaxSpec, Spec
 
@@ -26,17 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["backward", "forward", "supports"]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 def supports(spec: Spec, shapes: Shapes) -> str | None:
     """None if the spec is computed at these shapes, else the reason in one clause."""
     assert isinstance(spec, SoftmaxSpec)
     assert spec.route is not None
-    if shapes.dtype not in _DTYPES:
-        return f"{str(shapes.dtype).removeprefix('torch.')} is not a floating dtype of attention"
-    if shapes.heads % shapes.kv_heads:
-        return f"{shapes.heads} query heads are not a multiple of {shapes.kv_heads} key heads"
+    reason = blocked_supports(spec, shapes)
+    if reason is not None:
+        return reason
     if spec.dropout:
         return "dropout is not drawn over chosen blocks"
     if spec.edit is not None:
@@ -142,7 +140,7 @@ class _Call:
 
     def _fill_empty(self, out: Tensor, lse: Tensor) -> None:
         (empty,) = (lse == -torch.inf).nonzero(as_tuple=True)
-        if not len(empty):
+        if not len(empty) or not self.ops.kv_len:
             return
         if self.spec.masked == "nan":
             out[empty] = torch.nan
@@ -198,7 +196,7 @@ class _Call:
         ops = self.ops
         sums = self._sums(inputs, wanted)
         out, lse = self.output()
-        grad = grad.reshape(ops.rows, -1).to(ops.dtype)
+        grad = grad.reshape(ops.rows, grad.shape[3]).to(ops.dtype)
         if self.spec.heads != 1:
             through = (grad * out[:-1]).sum(-1).view(ops.batch, ops.heads, ops.q_len)
             ops.differentiated(lambda: ops.of_rows(self.spec.heads), through, sums)
@@ -208,19 +206,18 @@ class _Call:
         if self.spec.masked == "zero":
             grad[empty] = 0.0
         delta = (grad * out).sum(-1)
-        if self.spec.sink is not None:
+        sink = self.spec.sink
+        if sink is not None:
             through = -(self._sink - lse[:-1]).exp() * delta[:-1]
             through = through.masked_fill(empty[:-1], 0.0)
             shape = (ops.batch, ops.heads, ops.q_len)
-            ops.differentiated(
-                lambda: ops.of_rows(self.spec.sink or self.spec.heads), through.view(shape), sums
-            )
+            ops.differentiated(lambda: ops.of_rows(sink), through.view(shape), sums)
         lse = lse.masked_fill(empty, torch.inf)
         for item in self.work.items(for_gradients=True):
             for tiles in item.tiles if isinstance(item, Listed) else (item,):
                 for part in tiles.split(ops.width):
                     ops.add_gradients(part, sums, lse, delta, grad)
-        if self.spec.masked in ("mean", "add") and bool(empty.any()):
+        if self.spec.masked in ("mean", "add") and ops.kv_len and bool(empty.any()):
             self._through_means(empty, sums, lse, delta, grad)
         return self._given(sums, inputs)
 
@@ -258,10 +255,11 @@ class _Call:
         ops = self.ops
         q = None if sums.q is None else sums.q[:-1]
         shared = inputs[1].shape[1]
+        repeats = ops.kv_heads // shared
         found: list[Tensor | None] = [None if q is None else q.view(inputs[0].shape)]
         for x, total in zip(inputs[1:3], (sums.k, sums.v), strict=True):
             if total is not None:
-                total = total.view(ops.batch, shared, -1, ops.kv_len, x.shape[3]).sum(2)
+                total = total.view(ops.batch, shared, repeats, ops.kv_len, x.shape[3]).sum(2)
             found.append(total)
         found += sums.tensors
         return [None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)]

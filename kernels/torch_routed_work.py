@@ -248,11 +248,13 @@ class Work:
 
     def _dense_units(self) -> Tensor | None:
         """Units with so few keys that every query sees them all, `[U]`; None: there are none."""
-        there = there_of(self.ops)
-        if there is None or not self.route.dense_below:
-            return None
-        few = there.sum(-1) <= self.route.dense_below
-        return few.expand(self.ops.batch, self.ops.kv_heads).flatten() if bool(few.any()) else None
+        ops, most = self.ops, self.route.dense_below
+        there = there_of(ops) if most else None
+        if there is None:
+            is_few = 0 < ops.kv_len <= most
+            return torch.ones(ops.units, dtype=torch.bool, device=ops.device) if is_few else None
+        few = there.sum(-1) <= most
+        return few.expand(ops.batch, ops.kv_heads).flatten() if bool(few.any()) else None
 
 
 def _width(rows: float) -> int:

@@ -7,9 +7,7 @@ times blocks, of a part of the rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -139,7 +137,9 @@ def _sums(ops: Operands, layout: Layout, first: int) -> Tensor:
     if layout.there is None:
         k = ops.k[:, :, first * block :]
         whole = k.shape[2] // block
-        full = _cut(k[:, :, : whole * block], 2, (whole, block)).sum(3, dtype=torch.float32)
+        full = torch.unflatten(k[:, :, : whole * block], 2, (whole, block)).sum(
+            3, dtype=torch.float32
+        )
         rest = k[:, :, whole * block :]
         if rest.shape[2]:
             full = torch.cat([full, rest.sum(2, keepdim=True, dtype=torch.float32)], dim=2)
@@ -201,7 +201,7 @@ def chosen_regions(ops: Operands, route: Route, tokens: Tensor, filled: Tensor) 
     there = there_of(ops)
     heads = (ops.batch, ops.kv_heads, len(tokens))
     real = filled[..., None]
-    q = _cut(ops.q, 1, (ops.kv_heads, ops.group)).sum(2, dtype=torch.float32)
+    q = torch.unflatten(ops.q, 1, (ops.kv_heads, ops.group)).sum(2, dtype=torch.float32)
     mean_q = _of_regions(q, route, tokens, real) / real.sum(1)
     if there is None:
         mean_k = _of_regions(ops.k.float(), route, tokens, real) / real.sum(1)
@@ -223,10 +223,7 @@ def chosen_regions(ops: Operands, route: Route, tokens: Tensor, filled: Tensor) 
 
 def _of_regions(x: Tensor, route: Route, tokens: Tensor, real: Tensor) -> Tensor:
     """Sums over the real tokens of each region, `[B, H, R, D]`."""
-    found = _cut(x[:, :, route.extra :].index_select(2, tokens.view(-1)), 2, tokens.shape)
+    found = torch.unflatten(
+        x[:, :, route.extra :].index_select(2, tokens.view(-1)), 2, tokens.shape
+    )
     return found.masked_fill(~real, 0.0).sum(3)
-
-
-def _cut(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """One dimension as several ones: `Tensor.unflatten`, which has no types."""
-    return cast(Tensor, cast(Any, x).unflatten(dim, sizes))

@@ -21,7 +21,7 @@ from rewriter import symbols as sym
 from rewriter.errors import LoweringError
 from rewriter.kernels.block_bounds import Queries
 from rewriter.kernels.torch_block import Block
-from rewriter.kernels.torch_blocked import blocked
+from rewriter.kernels.torch_blocked import blocked as blocked_forward
 from rewriter.kernels.torch_plan import Plan, plan_of
 from rewriter.spec import SoftmaxSpec
 
@@ -43,18 +43,6 @@ def blocked_supports(spec: SoftmaxSpec, shapes: Shapes) -> str | None:
     if shapes.heads % shapes.kv_heads:
         return f"{shapes.heads} query heads are not a multiple of {shapes.kv_heads} key heads"
     return None
-
-
-def blocked_forward(
-    spec: SoftmaxSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> Tensor:
-    """`torch_blocked.blocked`."""
-    return blocked(spec, q, k, v, tensors, sizes)
 
 
 # --- scaled_dot_product_attention -----------------------------------------------------------------

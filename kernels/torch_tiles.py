@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import sympy
@@ -20,6 +20,7 @@ from torch import Tensor
 from rewriter import symbols as sym
 from rewriter.evaluate import Value, evaluate, index_values, tensor_of
 from rewriter.families import from_json
+from rewriter.kernels.torch_flash import flash
 from rewriter.reference_routes import key_terms
 from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import Formula
@@ -136,7 +137,20 @@ class Operands:
         self.grid = index_values(
             spec, self.batch, self.heads, self.q_len, self.kv_len, sizes, q.device
         )
-        self.flat_q, self.flat_k, self.flat_v = (x.reshape(-1, x.shape[3]) for x in (q, k, v))
+
+    # Rows that do not follow each other in memory are copied, so only what is read is made flat.
+
+    @cached_property
+    def flat_q(self) -> Tensor:
+        return self.q.flatten(0, 2)
+
+    @cached_property
+    def flat_k(self) -> Tensor:
+        return self.k.flatten(0, 2)
+
+    @cached_property
+    def flat_v(self) -> Tensor:
+        return self.v.flatten(0, 2)
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -176,12 +190,9 @@ class Operands:
         """`attend` for scaled queries `[n, T, D]` and keys `[n, m, D]`."""
         mask = None
         if hidden is not None:
-            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-        # The kernel takes the last dimension as contiguous, whatever its stride.
-        q, k, v = (x[:, None] if x.stride(-1) == 1 else x[:, None].contiguous() for x in (q, k, v))
-        mask = None if mask is None else mask[:, None]
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=1.0)
+            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        q, k, v = (x[:, None] for x in (q, k, v))
+        out, lse = flash(q, k, v, scale=1.0, is_causal=is_causal, mask=mask)
         out, lse = out[:, 0], lse[:, 0]
         if hidden is not None:
             lse = lse.masked_fill(hidden.all(-1), -torch.inf)  # it gives 0

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from rewriter.sites import Site
 
-__all__ = ["HeadAblate", "HeadGate", "HeadPatch", "HeadScale", "existing_heads", "with_factor"]
+__all__ = [
+    "HeadAblate",
+    "HeadGate",
+    "HeadPatch",
+    "HeadScale",
+    "existing_heads",
+    "itself",
+    "with_factor",
+]
 
 
 def existing_heads(site: Site, heads: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -199,8 +207,8 @@ def input_width(site: Site, what: str) -> int:
 # --- patches --------------------------------------------------------------------------------------
 
 
-def given(x: Tensor) -> Tensor:
-    """What the user gives, as it is."""
+def itself(x: Tensor) -> Tensor:
+    """What the user gives, or a new parameter, as it is."""
     return x
 
 
@@ -241,6 +249,6 @@ class HeadPatch(Pass):
         if self.last is not None:
             where = cast(Boolean, where & (sym.q >= sym.L - self.last))
         name = fresh_name(spec, "patch")
-        tensor = TensorArg(name, "float32", 4, Source(given, ("patch",)))
+        tensor = TensorArg(name, "float32", 4, Source(itself, ("patch",)))
         tensors = (*spec.tensors, tensor)
         return replace(cast(Any, spec), tensors=tensors, patch=Patch(name, where))

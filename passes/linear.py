@@ -20,14 +20,13 @@ from rewriter.errors import Declined, PassError
 from rewriter.linear import MAPS, POSITIVE, Features, LinearSpec, Map, Near, Norm
 from rewriter.passbase import PATTERNS, Pass, option
 from rewriter.passes.decay import RULES, decay_of
+from rewriter.passes.heads import itself
 from rewriter.passes.sparse import query_position
 from rewriter.spec import SoftmaxSpec, TensorArg, fresh_name
 from rewriter.stages import Parameter, Source
 from rewriter.symbols import formula_text
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rewriter.sites import Site
 
 __all__ = ["FeatureMaps", "Lightning", "WindowTail"]
@@ -63,11 +62,14 @@ def _plain(site: Site, spec: SoftmaxSpec, *, scores: bool = False) -> LinearSpec
     if spec.dropout:
         raise Declined("weights that are never computed cannot be dropped; set the dropout to 0")
     position, causal = query_position(site, spec)
-    if site.q_len == 1 and not site.is_cross:
+    one_query = site.q_len == 1
+    if one_query and not position.has(sym.q):
+        position = position + sym.q  # which is 0: queries stand side by side
+    if one_query and not site.is_cross:
         causal = True  # a step of decoding: the last query of the sequence sees every key
     return LinearSpec(
         position=position if causal else None,
-        seen=_seen(spec),
+        seen=_seen(spec, one_query=one_query),
         heads=spec.heads,
         tensors=spec.tensors,
         sizes=spec.sizes,
@@ -76,9 +78,9 @@ def _plain(site: Site, spec: SoftmaxSpec, *, scores: bool = False) -> LinearSpec
     )
 
 
-def _seen(spec: SoftmaxSpec) -> Boolean:
+def _seen(spec: SoftmaxSpec, *, one_query: bool) -> Boolean:
     """The terms of the mask that hide keys from all queries; the causal one is left out."""
-    terms = [t for t in sympy.And.make_args(spec.mask) if not _is_causal(t)]
+    terms = [t for t in sympy.And.make_args(spec.mask) if not _is_causal(t, one_query=one_query)]
     other = [t for t in terms if t.has(sym.q)]
     if other:
         raise Declined(
@@ -88,25 +90,21 @@ def _seen(spec: SoftmaxSpec) -> Boolean:
     return cast(Boolean, sympy.And(*terms))
 
 
-def _is_causal(term: Any) -> bool:
+def _is_causal(term: Any, *, one_query: bool) -> bool:
     """The term says `k ≤ position` of the query; `query_position` reads it."""
     if not isinstance(term, sympy.Ge | sympy.Le | sympy.Gt | sympy.Lt):
         return False
     rest = term.gts - term.lts + sym.k
-    return rest.has(sym.q) and not rest.has(sym.k)
+    return (rest.has(sym.q) or one_query) and not rest.has(sym.k)
 
 
 # --- trained tensors ------------------------------------------------------------------------------
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
 def _parameter(spec: LinearSpec, name: str, parameter: Parameter) -> tuple[str, LinearSpec]:
     """A tensor that is a new parameter: its name, and the spec that lists it."""
     name = fresh_name(spec, name)
-    source = Source(_itself, parameters=(parameter,))
+    source = Source(itself, parameters=(parameter,))
     tensor = TensorArg(name, "float32", len(parameter.shape), source)
     return name, replace(spec, tensors=(*spec.tensors, tensor))
 

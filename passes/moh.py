@@ -202,7 +202,7 @@ class MixtureOfHeads(Pass):
     mode: str = option("gates and loss of", default="released", choices=("released", "paper"))
     balance: float = option("factor of the load balance in the loss", default=0.01, at_least=0)
     shared_heads: tuple[int, ...] | None = option(
-        "which heads are shared; the first ones", default=None
+        "which heads are shared; None: the first ones", default=None
     )
 
     def __post_init__(self) -> None:

@@ -13,13 +13,12 @@ from sympy.logic.boolalg import Boolean
 from rewriter import symbols as sym
 from rewriter.errors import Declined, PassError
 from rewriter.passbase import Pass, option
+from rewriter.passes.heads import itself
 from rewriter.passes.sparse import query_position
 from rewriter.spec import SoftmaxSpec, TensorArg, fresh_name
 from rewriter.stages import Local, Parameter, Route, Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rewriter.sites import Site
 
 __all__ = ["BiFormer", "MoBA"]
@@ -52,7 +51,8 @@ class MoBA(Pass):
 
     Contract: limit; `topk · block >= M` is the identity. Patterns: causal self.
     Declines when: the site is cross-attention or not causal, its mask hides more than later keys
-    and keys for all queries (a sliding window), or its keys are chosen already.
+    and keys for all queries (a sliding window), its keys are chosen already, its weights are
+    edited, or there is a dropout.
     """
 
     name = "sparse.moba"
@@ -113,7 +113,8 @@ class BiFormer(Pass):
     Contract: limit; `topk` = number of regions, without `local`, is the identity.
     Patterns: noncausal self.
     Declines when: the site is cross-attention or causal, its mask hides more than keys for all
-    queries, its keys are chosen already, it has fewer regions than `topk`, or its grid is unknown.
+    queries, its keys are chosen already, its weights are edited, there is a dropout, it has fewer
+    regions than `topk`, or its grid is unknown.
     """
 
     name = "sparse.biformer"
@@ -217,11 +218,7 @@ class BiFormer(Pass):
         }
         added = []
         for name, shape in shapes.items():
-            source = Source(_same, parameters=(Parameter(name, shape),))
+            source = Source(itself, parameters=(Parameter(name, shape),))
             added.append(TensorArg(fresh_name(spec, name), "float32", len(shape), source))
         local = Local(added[0].name, added[1].name, grid, extra)
         return replace(spec, local=local, tensors=(*spec.tensors, *added))
-
-
-def _same(parameter: Tensor) -> Tensor:
-    return parameter

@@ -1,7 +1,7 @@
 """Attention sinks: keys that get much weight whatever the query asks for.
 
-Sources: StreamingLLM (arXiv 2309.17453), massive activations (arXiv 2402.17762), learned sinks and
-off-by-one softmax, visual attention redistribution (arXiv 2503.03321).
+Sources: massive activations (arXiv 2402.17762), learned sinks and off-by-one softmax. The sinks of
+StreamingLLM, which keep their weight, are in `sparse`; VAR is in `sinks_visual`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ def check_unedited(spec: SoftmaxSpec) -> None:
         raise Declined(f"keys are chosen at run time ({spec.route}), and weights cannot be edited")
     if spec.edit is not None:
         raise Declined(f"the weights are edited already ({spec.edit.text(spec.truths)})")
+
+
+def _divides_share_out(edit: Edit) -> bool:
+    """A sink takes the same share of every mass, and the factor of some group would be another one
+    for it: it divides by what the keys have, and not by what they have of each other."""
+    share, condition = Symbol("share", positive=True), Symbol("condition")
+    smaller = {mass: share * mass for mass in sym.masses}
+    for factor in edit.factors:
+        found = factor.replace(sym.Maximum, lambda mass, least: mass)
+        found = found.replace(sym.Where, lambda _, a, b: condition * a + b)
+        if sympy.simplify(found.xreplace(smaller) - found) != 0:
+            return True
+    return False
 
 
 def with_labels(spec: SoftmaxSpec) -> tuple[SoftmaxSpec, Expr]:
@@ -169,7 +182,9 @@ class RedirectSinks(_OfGroup):
     identity = "sinks.redirect(first=1, keep_fraction=1)"
     laws = (*_KEPT, "row sums")
     examples = ("sinks.redirect(first=1)", "sinks.redirect(first=2, keep_fraction=0.5)")
-    to: int | None = option("label of the keys that get it; None: all others", default=None)
+    to: int | None = option(
+        "label of the keys that get it; None: all others", default=None, at_least=0
+    )
     keep_fraction: float = option("what the group keeps", default=0.0, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
@@ -206,12 +221,14 @@ class LearnedSinks(Pass):
     """Each row has a further logit without a key, which takes weight away: one parameter a head.
 
     The parameter `[H]` starts at `initial` and is neither scaled nor masked. With `off_by_one` it
-    is the number 0 and not trained: `exp(s) / (1 + sum exp(s))`. Sinks of the model are kept.
+    is the number 0 and not trained: `exp(s) / (1 + sum exp(s))`. Sinks of the model are kept. Named
+    together with `sinks.remove`, this comes first.
 
     Contract: limit; a logit of minus infinity is the identity, but for padded queries that see no
     key: they give 0 beside a sink, whatever hides the keys. Patterns: all four.
-    Declines when: the model has sinks; the number of heads is unknown; a query that is no padding
-    sees no key, and does not give 0.
+    Declines when: the model has sinks; `sinks.remove` was applied, which divides by what is left of
+    a row and so gives back what a sink takes; the number of heads is unknown; a query that is no
+    padding sees no key, and does not give 0.
     """
 
     name = "sinks.learned"
@@ -233,6 +250,11 @@ class LearnedSinks(Pass):
     def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
         if spec.sink is not None:
             raise Declined("the model has sinks of its own, which are kept as they are")
+        if spec.edit is not None and _divides_share_out(spec.edit):
+            raise Declined(
+                "what a sink takes would be divided out again: the weights are edited by "
+                f"{spec.edit.text(spec.truths)}; name sinks.learned before sinks.remove"
+            )
         if spec.masked != "zero" and not hides_padding_alone(site, spec):
             raise Declined(
                 "a query that sees no key gives 0 beside a sink, and here it does not "

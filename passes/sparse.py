@@ -41,10 +41,11 @@ def query_position(site: Site, spec: SoftmaxSpec) -> tuple[Expr, bool]:
 
 def hides_padding_alone(site: Site, spec: SoftmaxSpec) -> bool:
     """A query that sees no key is padding itself: it sees its own key, unless that is hidden from
-    every query. Of cross-attention: all keys are hidden from it, as from every query."""
+    every query. Of cross-attention: all keys are hidden from it, as from every query, or every
+    query sees the first key."""
     terms = [t for t in sympy.And.make_args(spec.mask) if t.has(sym.q)]
     if site.is_cross:
-        return not terms
+        return not terms or spec.mask.xreplace({sym.k: sympy.Integer(0)}) == sympy.true
     position, _ = query_position(site, spec)
     behind = sympy.expand(position - sym.q).as_coeff_Add()[0] < 0  # the first query stands nowhere
     return not behind and all(t.xreplace({sym.k: position}) == sympy.true for t in terms)

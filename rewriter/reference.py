@@ -74,9 +74,11 @@ def reference_weights(
         score = score.masked_fill(~seen, torch.finfo(dtype).min)
     else:
         score = score.masked_fill(~seen, -torch.inf)
+    if spec.edit is not None:  # masses are divided by, down to 1e-12, which float16 has not
+        score = score.to(torch.promote_types(dtype, torch.float32))
     if spec.sink is not None:
         sink = tensor_of(evaluate(spec.sink, values, named, dtype), q, dtype)
-        column = sink.expand(batch, heads, q_len, 1).to(dtype)
+        column = sink.expand(batch, heads, q_len, 1).to(score.dtype)
         weights = torch.cat([score, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = score.softmax(-1)
@@ -84,7 +86,7 @@ def reference_weights(
         weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     if spec.edit is not None:
         weights = edited(spec.edit, weights, named, values)
-    return weights
+    return weights.to(dtype)
 
 
 def edited(
@@ -115,7 +117,8 @@ def reference(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The attention that the spec describes, computed densely in the dtype of q.
+    """The attention that the spec describes, computed densely in the dtype of q; weights that are
+    edited are in float32 at least, up to the product with the values.
 
     Args:
         q: queries `[B, Hq, L, D]`.
@@ -148,7 +151,7 @@ def finished(
     batch, heads, q_len, _ = out.shape
     values = index_values(spec, batch, heads, q_len, v.shape[2], sizes, out.device)
     if isinstance(spec, SoftmaxSpec) and spec.local is not None:
-        out = out + _convolved(spec.local, v, heads, named)
+        out = out + _convolved(spec.local, v, heads, q_len, named)
     out = out * evaluate(spec.heads, values, named, out.dtype)
     if spec.patch is not None:
         where = tensor_of(evaluate(spec.patch.where, values, named, out.dtype), out, out.dtype)
@@ -156,11 +159,16 @@ def finished(
     return out
 
 
-def _convolved(local: Local, v: Tensor, heads: int, named: Mapping[str, Tensor]) -> Tensor:
+def _convolved(
+    local: Local, v: Tensor, heads: int, q_len: int, named: Mapping[str, Tensor]
+) -> Tensor:
     rows, columns = local.grid
     batch, kv_heads, length, dim = v.shape
-    if length != local.extra + rows * columns:
-        raise ShapeError(f"{length} tokens are not {local.extra} and a grid of {rows} x {columns}")
+    if q_len != length or length != local.extra + rows * columns:
+        raise ShapeError(
+            f"{q_len} queries and {length} keys are not {local.extra} and a grid of "
+            f"{rows} x {columns}"
+        )
     image = v[:, :, local.extra :].repeat_interleave(heads // kv_heads, dim=1)
     image = image.mT.reshape(batch, heads * dim, rows, columns)
     weight = named[local.weight].to(v.dtype)

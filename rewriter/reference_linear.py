@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rewriter.errors import ShapeError
 from rewriter.evaluate import Value, evaluate, index_values, tensor_of
@@ -46,6 +47,8 @@ def ordinals(
     seen = tensor_of(evaluate(spec.seen, values, named, like.dtype), like, like.dtype)
     seen = seen.expand(int(values["B"]), int(values["H"]), 1, kv_len)
     number = seen.long().cumsum(-1) - 1
+    if not kv_len:
+        return seen, number, number.new_full((*seen.shape[:2], int(values["L"]), 1), -1)
     if spec.position is None:
         last = number[..., -1:].expand(-1, -1, int(values["L"]), 1)
         return seen, number, last
@@ -65,12 +68,6 @@ def linear_weights(
     sizes: Sequence[int] = (),
 ) -> Tensor:
     """The weights w(q, k) `[B, H, L, M]` before any normaliser, those of near keys included."""
-    return _weights(spec, q, k, tensors, sizes)[0]
-
-
-def _weights(
-    spec: LinearSpec, q: Tensor, k: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     if heads % kv_heads:
@@ -93,7 +90,7 @@ def _weights(
     if spec.near is not None:
         near = visible & (last - number < spec.near.window)
         weights = torch.where(near, _near(spec.near, near, q, k, named, values), weights)
-    return weights, visible
+    return weights
 
 
 def _near(
@@ -110,7 +107,7 @@ def _near(
     scaled = product * evaluate(near.scale, values, named, dtype)
     score = evaluate(near.score, {**values, "s": scaled}, named, dtype)
     score = tensor_of(score, q, dtype).expand_as(product).masked_fill(~here, -torch.inf)
-    largest = score.amax(-1, keepdim=True)
+    largest = pad(score, (0, 1), value=-torch.inf).amax(-1, keepdim=True)  # there may be no key
     largest = torch.where(largest == -torch.inf, 0.0, largest)
     return torch.exp(score - largest) * evaluate(near.factor, values, named, dtype)
 

@@ -120,12 +120,24 @@ def test_operands_may_lie_anyhow_in_memory(layout: str) -> None:
     torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_are_computed_in_float32_at_least(dtype: torch.dtype) -> None:
-    out, want, _ = compared(Case.of("soft cap", dtype=dtype))
-    bound = {torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "soft cap", "plain"])
+def test_half_dtypes_are_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    """The output is that of the same operands in float32, rounded once."""
+    case = Case.of(name, dtype=dtype)
+    x, d = operands(case), case.dims
+    spec, on = gated(case.softmax), gate("half", d.batch, d.heads, d.q_len).float()
+    out = compact_forward(spec, x.q, x.k, x.v, [on], [])
+    wide = compact_forward(spec, x.q.float(), x.k.float(), x.v.float(), [on], [])
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), want, rtol=bound, atol=bound)
+    torch.testing.assert_close(out, wide.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["causal", "soft cap", "plain"])
+def test_float64_is_computed_in_float64(name: str) -> None:
+    out, want, _ = compared(Case.of(name, dtype=torch.float64))
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
 
 
 def test_a_head_that_is_ablated_for_good_is_left_out() -> None:
@@ -221,6 +233,7 @@ CAPPED = SoftmaxSpec(score=5 * sympy.tanh(sym.s / 5), mask=CAUSAL, active=4)
         (replace(CAPPED, dropout=0.1), LONG, "dropout"),
         (replace(CAPPED, masked="nan", mask=sym.k < sym.q), LONG, "would be NaN"),
         (CAPPED, replace(LONG, q_len=1), "too few scores"),
+        (CAPPED, replace(LONG, batch=0), "too few scores"),
         (CAPPED, replace(LONG, device="cuda"), "measured on CPUs only"),
         (CAPPED, replace(LONG, kv_heads=3), "not a multiple"),
         (CAPPED, replace(LONG, dtype=torch.int64), "not a floating dtype"),

@@ -235,14 +235,15 @@ def test_rows_without_a_key_are_those_of_the_reference(masked: str) -> None:
         )
 
 
-def test_bfloat16_is_computed_in_float32() -> None:
+@pytest.mark.parametrize("name", TABLE)
+def test_bfloat16_is_computed_in_float32(name: str, cut: None) -> None:
+    """The output is that of the same operands in float32, rounded once."""
     q, k, v = (x.bfloat16() for x in operands(dtype=torch.float32))
-    tensors = read_by(dtype=torch.float32)[:2]
-    spec = spec_of("redirect", sym.k <= sym.q)
-    want = reference(spec, q.double(), k.double(), v.double(), tensors)
+    spec, tensors = everything(spec_of(name)), read_by(dtype=torch.float32)
     got = blocked(spec, q, k, v, tensors, [])
+    wide = blocked(spec, q.float(), k.float(), v.float(), tensors, [])
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got, wide.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
 def test_no_tensor_of_all_weights_is_kept() -> None:
@@ -267,3 +268,38 @@ def test_no_tensor_of_all_weights_is_kept() -> None:
     with Watch():
         attention(q, k, v, (label, w), [], spec, "torch.blocked").sum().backward()
     assert max(sizes) < 4 * 1024 * 1024 / 2
+
+
+@pytest.mark.parametrize("sizes", [(0, 13, 13), (2, 0, 13), (2, 13, 0), (2, 0, 0)])
+@pytest.mark.parametrize("name", TABLE)
+def test_without_rows_or_keys_everything_is_zero(name: str, sizes: tuple[int, int, int]) -> None:
+    batch, q_len, kv_len = sizes
+    spec, (q, k, v) = everything(spec_of(name)), operands()
+    label, w, pad, sink = read_by()
+    x = [q[:batch, :, :q_len], k[:batch, :, :kv_len], v[:batch, :, :kv_len], w, sink]
+    x = [y.clone().requires_grad_() for y in x]
+    pad, label = pad[:batch, :kv_len], label[:batch, :kv_len]
+    out = attention(*x[:3], [label, x[3], pad, x[4]], [], spec)
+    assert out.shape == (batch, 4, q_len, 5)
+    assert not out.any()
+    for y, g in zip(x, torch.autograd.grad(out.sum(), x), strict=True):
+        assert g.shape == y.shape
+        assert not g.any()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_reference_edits_half_precision_in_float32(name: str) -> None:
+    """1e-12 and 1 / 1e-12 are no float16, and a group of little weight has a factor beyond it."""
+    spec, (q, k, v) = spec_of(name, sym.k <= sym.q), operands(dtype=torch.float16)
+    label, w = read_by(dtype=torch.float16)[:2]
+    x = [y.requires_grad_() for y in (q, k, v, w)]
+    out = reference(spec, *x[:3], [label, w])
+    assert out.dtype == torch.float16
+    wide = [y.detach().double().requires_grad_() for y in x]
+    want = reference(spec, *wide[:3], [label, wide[3]])
+    torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+    out.sum().backward()
+    want.sum().backward()
+    for y, z in zip(x, wide, strict=True):
+        found, grad = (torch.zeros_like(z) if t.grad is None else t.grad.double() for t in (y, z))
+        torch.testing.assert_close(found, grad, rtol=2e-2, atol=5e-2)

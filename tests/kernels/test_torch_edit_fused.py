@@ -202,6 +202,23 @@ def test_ranges_of_keys_may_differ_between_batches_and_meet_a_sink() -> None:
     torch.testing.assert_close(in_spans(spec, x, tensors), want, rtol=1e-12, atol=1e-13)
 
 
+def test_a_sink_is_evaluated_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was evaluated for all batches, for each of them."""
+    edit = Edit(Where(sym.k < 4, Integer(1), 0), (1 + M0, Float(0.5)))
+    spec = replace(
+        SoftmaxSpec(mask=sym.k <= sym.q, edit=edit),
+        sink=Read(Symbol("sink"), sym.h),
+        tensors=(TensorArg("sink", "float32", 1),),
+    )
+    call = fused_edit_of(spec, *operands(), [torch.zeros(4)], [])
+    assert call is not None
+    assert call.groups is not None
+    batches, block = [], call.block
+    monkeypatch.setattr(call, "block", lambda x: batches.append(x["b"]) or block(x))
+    assert edited_in_spans(call) is not None
+    assert set(batches) == {(0, 1), (1, 2)}
+
+
 def test_a_removed_sink_with_almost_all_the_weight_leaves_exact_rows() -> None:
     """The rest is never a difference of two large numbers."""
     q, k, v = (t.float() for t in operands())

@@ -263,10 +263,25 @@ def test_queries_may_stand_before_and_behind_the_keys(
         same(run(spec, q, k, v, tensors), reference(spec, q, k, v, tensors))
 
 
-def test_no_keys_and_no_queries() -> None:
-    q, k, v = qkv()
-    assert not run(PLAIN, q, k[:, :, :0], v[:, :, :0]).any()
-    assert run(PLAIN, q[:, :, :0], k, v).shape == (2, 4, 0, 6)
+@pytest.mark.parametrize("sizes", [(0, N, N), (B, 0, N), (B, N, 0), (B, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("name", SPECS)
+def test_without_rows_or_keys_everything_is_zero(name: str, sizes: tuple[int, int, int]) -> None:
+    spec, tensors = SPECS[name]
+    batch, q_len, kv_len = sizes
+    parts = {sym.b: slice(batch), sym.q: slice(q_len), sym.k: slice(kv_len)}
+    index = {r.tensor: r.index for f in spec.formulas for r in sym.reads(f)}
+    q, k, v = (x[:batch] for x in qkv(HQ, HKV, N, D, 6, B))
+    x = [q[:, :, :q_len], k[:, :, :kv_len], v[:, :, :kv_len]]
+    for arg, y in zip(spec.tensors, tensors, strict=True):
+        x.append(y[tuple(parts.get(i, slice(None)) for i in index.get(arg.name, ()))])
+    out = run(spec, *x[:3], x[3:])
+    assert out.shape == (batch, HQ, q_len, 6)
+    assert not out.any()
+    same(out, reference(spec, *x[:3], x[3:]))
+    wanted = [y.is_floating_point() for y in x]
+    found = torch_linear.backward(spec, torch.ones_like(out), *x[:3], x[3:], [], wanted)
+    for y, g in zip(x, found, strict=True):
+        assert g is None or (g.shape == y.shape and not g.any())
 
 
 def test_a_position_that_is_not_consecutive_is_refused_with_the_reason() -> None:

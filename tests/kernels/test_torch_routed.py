@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rewriter import symbols as sym
 from rewriter.beside import Beside
-from rewriter.kernels import torch_routed, torch_routed_work, torch_routing, torch_tiles
+from rewriter.kernels import (
+    torch_routed,
+    torch_routed_work,
+    torch_routing,
+    torch_tiles,
+    triton_routed,
+)
 from rewriter.kernels.torch_routed import backward, forward
 from rewriter.lowering import Shapes
 from rewriter.op import attention
@@ -248,6 +255,12 @@ def test_a_scale_that_is_learned_has_a_gradient() -> None:
     agree(spec, q, k, v, [torch.randn(4, dtype=torch.float64)])
 
 
+def test_a_sink_without_a_parameter_adds_nothing_to_the_gradient_of_the_gate() -> None:
+    q, k, v = qkv(23)
+    spec = moba(4, 2, sink=sympy.Integer(0), heads=GATE, tensors=FORMULAS.tensors[-1:])
+    agree(spec, q, k, v, [torch.rand(4, dtype=torch.float64)])
+
+
 def test_rows_without_a_key_may_be_nan() -> None:
     q, k, v = qkv(20)
     pad = torch.ones(2, 20, dtype=torch.bool)
@@ -341,6 +354,18 @@ def test_extra_tokens_see_everything_and_are_seen() -> None:
     changed[:, :, 1] += 1.0
     moved = forward(regions((4, 4), 2, 1, extra=2), q, k, changed, (), ())
     assert (moved - found).abs().amin(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("dense_below", [41, 42])
+def test_few_tokens_without_padding_are_dense(dense_below: int) -> None:
+    q, k, v = qkv(42)
+    route = Route("region", 1, grid=(7, 6), regions=3, dense_below=dense_below)
+    spec = SoftmaxSpec(scale=SCALE, route=route)
+    agree(spec, q, k, v, [])
+    dense = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert torch.allclose(forward(spec, q, k, v, (), ()), dense) == (dense_below == 42)
+    lists = triton_routed._sees_all(torch_tiles.Operands(spec, q, k, v, (), ()), route)
+    assert lists.tolist() == [[dense_below == 42]]
 
 
 def test_hidden_keys_of_regions_count_for_nothing(parts: None) -> None:
@@ -453,6 +478,46 @@ def test_no_tensor_is_as_large_as_the_scores_of_a_head(spec: SoftmaxSpec, length
     assert found.largest < length**2 * 4 / 2
     found = peak_of(lambda: backward(spec, grad, q, k, v, (), (), wanted), q.device)
     assert found.largest < length**2 * 4 / 2
+
+
+EMPTY = [(0, 9, 9), (1, 0, 9), (0, 0, 9), (1, 3, 0), (1, 0, 0)]
+"""Batches, queries and keys; regions have all tokens of a grid, so only the batch may be empty."""
+OF_QUERIES = [
+    moba(4, 2),
+    moba(4, 2, masked="mean"),
+    moba(4, 2, masked="nan"),
+    moba(4, 2, masked="add", sink=SINK, heads=GATE, tensors=FORMULAS.tensors[1:]),
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [*product(OF_QUERIES, EMPTY), (regions((3, 3), 2, 1), EMPTY[0])],
+)
+def test_without_rows_or_keys_everything_is_zero(
+    spec: SoftmaxSpec, sizes: tuple[int, int, int]
+) -> None:
+    batch, q_len, kv_len = sizes
+    q = torch.randn(batch, 4, q_len, 8)
+    k, v = (torch.randn(batch, 2, kv_len, 8) for _ in range(2))
+    inputs = [q, k, v, *(torch.rand(4) for _ in spec.tensors)]
+    out = forward(spec, q, k, v, inputs[3:], ())
+    assert out.shape == q.shape
+    assert not out.any()
+    found = backward(spec, torch.ones_like(q), q, k, v, inputs[3:], (), [True] * len(inputs))
+    for x, g in zip(inputs, found, strict=True):
+        assert g is not None
+        assert g.shape == x.shape
+        assert not g.any()
+
+
+def test_flat_rows_are_copied_when_they_are_read() -> None:
+    """The Triton kernel reads q, k and v where they lie."""
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(20))
+    ops = torch_tiles.Operands(moba(4, 2), q, k, v, (), ())
+    assert not {"flat_q", "flat_k", "flat_v"} & vars(ops).keys()
+    assert torch.equal(ops.flat_k, k.flatten(0, 2))
+    assert ops.flat_k is ops.flat_k
 
 
 def test_values_of_any_strides_are_read() -> None:

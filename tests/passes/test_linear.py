@@ -17,8 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from rewriter import symbols as sym
 from rewriter.errors import Declined, PassError
 from rewriter.evaluate import evaluate
+from rewriter.families import from_json
 from rewriter.kernels import torch_linear
 from rewriter.linear import LinearSpec
+from rewriter.lowering import Shapes
 from rewriter.passbase import Pass
 from rewriter.passes.decay import decay_of
 from rewriter.passes.linear import FeatureMaps, Lightning, WindowTail
@@ -166,7 +168,7 @@ def test_heads_active_patch_and_their_tensors_are_kept(action: Pass) -> None:
     new = action.rewrite(SITE, spec)
     assert (new.heads, new.active, new.patch) == (gate, 2, spec.patch)
     assert new.tensors[:3] == spec.tensors
-    assert LinearSpec.from_json(new.to_json()) == new
+    assert from_json(new.to_json()) == new
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,20 @@ def test_a_step_of_decoding_is_causal_though_its_mask_hides_nothing(action: Pass
     """Models leave the mask out where a single query sees every key of the cache."""
     step = action.rewrite(replace(SITE, q_len=1), replace(CAUSAL, mask=sympy.true))
     assert step == action.rewrite(SITE, CAUSAL)
+
+
+@pytest.mark.parametrize("end", [sympy.Integer(0), sym.M - 1, sym.size_symbol("past")], ids=str)
+@pytest.mark.parametrize("action", [Lightning(rule="tnl"), WindowTail(window=3)], ids=str)
+def test_a_mask_of_a_single_query_says_where_it_stands_without_it(
+    action: Pass, end: sympy.Expr
+) -> None:
+    """The first token of a generation, `k <= 0`, and a cache with free room at its end."""
+    sizes = ("past",) if end.has(sym.size_symbol("past")) else ()
+    step = replace(PADDED, mask=(sym.k <= end) & SEEN, sizes=sizes)
+    spec = action.rewrite(replace(SITE, q_len=1), step)
+    assert spec == action.rewrite(SITE, replace(step, mask=(sym.k <= sym.q + end) & SEEN))
+    shapes = Shapes("cpu", torch.float32, 2, 4, 2, 1, 9, 8, 8, False, (4,) * len(sizes))
+    assert torch_linear.supports(spec, shapes) is None
 
 
 # --- feature maps ---------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from torch.nn.functional import pad
 from rewriter import symbols as sym
 from rewriter.errors import Declined, PassError
 from rewriter.op import attention
+from rewriter.passbase import Pass
 from rewriter.passes.sinks import LearnedSinks, RedirectSinks, RemoveSinks, massive_dimensions
+from rewriter.passes.sinks_visual import RedistributeVisual
 from rewriter.reference import reference, reference_weights
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, TensorArg
@@ -296,3 +298,46 @@ def test_massive_dimensions_stand_out_at_the_first_token() -> None:
     assert massive_dimensions(states[0]) == [3, 5, 11]
     assert massive_dimensions(states * 10, times_median=2000.0) == [3]
     assert massive_dimensions(states / 2) == [3]
+
+
+# --- a sink and an edit ---------------------------------------------------------------------------
+
+VISUAL = RedistributeVisual(
+    dims=(0,), tau=0.5, min_nonsink_ratio=0.1, first_layer=0, last_layer=True
+)
+BESIDE = {
+    "labels": torch.tensor([[0, 1, 2, 2, 0, 1, 2, 0, 0]]).expand(2, -1),
+    "sink": torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=torch.float64),
+    "sink_group": torch.tensor([[1, 0, 2, 3, 3, 0, 0, 0, 0]]).expand(2, -1),
+    "first_row": torch.tensor([5, 6]),
+}
+
+
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        RedirectSinks(first=2, keep_fraction=0.3),
+        RedirectSinks(first=1, to=2),
+        RedirectSinks(label=1),
+        VISUAL,
+    ],
+    ids=str,
+)
+def test_a_sink_before_moved_weight_is_a_sink_after_it(redirect: Pass) -> None:
+    site, found = replace(SITE, residual_dim=8), []
+    for first, then in ((redirect, LearnedSinks()), (LearnedSinks(), redirect)):
+        spec = then.rewrite(site, first.rewrite(site, CAUSAL))
+        found.append(reference(spec, *operands(), [BESIDE[t.name] for t in spec.tensors]))
+    assert torch.equal(*found)
+    alone = redirect.rewrite(site, CAUSAL)
+    without = reference(alone, *operands(), [BESIDE[t.name] for t in alone.tensors])
+    assert not torch.allclose(found[0], without)
+
+
+@pytest.mark.parametrize("remove", [RemoveSinks(first=2), RemoveSinks(label=1)], ids=str)
+def test_a_sink_whose_share_is_divided_out_is_declined(remove: Pass) -> None:
+    edited = remove.rewrite(SITE, CAUSAL)
+    with pytest.raises(Declined, match=r"divided out again.* name sinks.learned before sinks"):
+        LearnedSinks().rewrite(SITE, edited)
+    kept = RemoveSinks(first=0).rewrite(SITE, CAUSAL)
+    assert LearnedSinks().rewrite(SITE, kept).sink is not None
