@@ -51,7 +51,7 @@ def check_lowering(lowering: Lowering, *, full: bool = False) -> Outcomes:
 
     Args:
         lowering: one of `rewriter.lowering.LOWERINGS`, or any other value of that class. Gradients
-            of one of the table are those of `rewriter.lowering.attention`; those of another one
+            of one of the table are those of `rewriter.op.attention`; those of another one
             are what autograd records, if it says `records`.
         full: the whole grid of cases instead of the fast choice.
     """

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from sympy import Integer
 from torch import Tensor
 
+from rewriter import op
 from rewriter.lowering import Lowering, at_lengths
-from rewriter.reference import finished
-from rewriter.spec import SoftmaxSpec, Spec
+from rewriter.spec import Spec
 from rewriter.testing.cases import Case
 
 __all__ = ["core_of", "refusal", "whole"]
 
 
 def core_of(spec: Spec, q_len: int, kv_len: int) -> Spec:
-    """Without what follows the product with the values for every family, and without a route that
-    lets every query see every key."""
-    less: dict[str, Any] = {"patch": None}
-    if isinstance(spec, SoftmaxSpec) and spec.local is not None:
-        less |= {"local": None, "heads": Integer(1), "active": None}
-    if spec.patch is None and len(less) == 1:
-        return at_lengths(spec, q_len, kv_len)
-    return at_lengths(cast(Spec, replace(cast(Any, spec), **less)).without_unused(), q_len, kv_len)
+    """What the op hands to a lowering at these lengths."""
+    core, _ = op.core_of(spec.to_json())
+    return at_lengths(core, q_len, kv_len)
 
 
 def refusal(lowering: Lowering, case: Case, *, grad: bool) -> str | None:
@@ -47,15 +40,10 @@ def whole(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         sizes: Sequence[int],
         *more: Any,
     ) -> Tensor:
-        core = core_of(spec, q.shape[2], k.shape[2])
-        named = dict(zip((t.name for t in spec.tensors), tensors, strict=True))
-        read = [named[t.name] for t in core.tensors]
-        out = forward(core, q, k, v, read, sizes, *more)
-        if spec.patch is None and getattr(spec, "local", None) is None:
-            return out
-        rest = cast(Any, spec)
-        if core.heads == spec.heads:
-            rest = replace(rest, heads=Integer(1))
-        return finished(rest, out, v, tensors, sizes)
+        core, kept = op.core_of(spec.to_json())
+        read = [tensors[n] for n in kept]
+        here = at_lengths(core, q.shape[2], k.shape[2])
+        out = forward(here, q, k, v, read, sizes, *more)
+        return out if core == spec else op.finish(spec, core, out, v, tensors, sizes)
 
     return with_the_rest

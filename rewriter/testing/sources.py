@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from rewriter.additions import initial_value
 from rewriter.stages import Parameter, Source, Tap
 
 __all__ = ["HIDDEN", "LABELS", "computed"]
@@ -60,13 +61,7 @@ def _tap(tap: Tap, q: Tensor, k: Tensor, v: Tensor, generator: Generator) -> Ten
 
 
 def _parameter(parameter: Parameter, generator: Generator, spread: float) -> Tensor:
-    shape = parameter.shape
-    if parameter.initial == "eye":
-        start = torch.eye(shape[-2], shape[-1]).expand(shape).clone()
-    elif parameter.initial == "kaiming":
-        return (2 * torch.rand(shape, generator=generator) - 1) / shape[-2] ** 0.5  # type: ignore[no-any-return]
-    else:
-        start = torch.full(shape, float(parameter.initial))
-    if not parameter.trained:
+    start = initial_value(parameter, generator)
+    if not parameter.trained or parameter.initial == "kaiming":  # which is random as it is
         return start
-    return start + spread * torch.randn(shape, generator=generator)
+    return start + spread * torch.randn(parameter.shape, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewriter import symbols
 from rewriter.reference import reference
-from rewriter.spec import SoftmaxSpec
+from rewriter.spec import SoftmaxSpec, TensorArg
+from rewriter.stages import Source
 from rewriter.testing import grid
-from rewriter.testing.agreement import Row, gradients_agree, judged
-from rewriter.testing.cases import Case
+from rewriter.testing.agreement import Row, gradients_agree, judged, output_agrees
+from rewriter.testing.cases import Case, Dims
+from rewriter.testing.families import read
 from rewriter.verify.compare import baseline_of
 from rewriter.verify.rows import Errors
 
@@ -64,3 +68,18 @@ def test_each_gradient_of_large_scores_is_bounded_somewhere(which: int) -> None:
     assert {case.text for case in cases} <= {case.text for case in grid.extremes()}
     verdicts = [gradients_agree(faulty, case).verdict for case in cases]
     assert verdicts == ["failed" if which == 2 else "passed", "failed"]
+
+
+@pytest.mark.parametrize("options", [(), (("shift", [0.0]),)], ids=["", "with a list"])
+def test_equal_specs_with_other_programs_are_not_taken_for_each_other(options: Any) -> None:
+    """As when a pass is edited and checked again in one process."""
+
+    def case(gate: Callable[..., Tensor]) -> Case:
+        source = Source(gate, ("q",), options=options)
+        heads = read("mine", symbols.b, symbols.h, symbols.q)
+        spec = SoftmaxSpec(heads=heads, tensors=(TensorArg("mine", "float32", 3, source),))
+        return Case("mine", spec, Dims(q_len=5, kv_len=5))
+
+    for gate in (lambda x, **_: x.mean(-1), lambda x, **_: x.amax(-1)):
+        for judge in (output_agrees, gradients_agree):
+            assert judge(reference, case(gate)).verdict == "passed"

@@ -43,8 +43,11 @@ def test_the_pass_conforms(kind: type[Pass]) -> None:
     assert {"purity", "text", "model", "onnx, output"} <= checks
     assert "identity" in checks or (kind.contract == "approximate" and not kind.identity)
     kernels = [row for row in outcomes.rows if row.check == "triton, output"]
-    other = all("near keys beside linear ones have no kernel" in row.reason for row in kernels)
-    assert "triton, output" in checks or other
+    assert kernels
+    if kind.name == "linear.window_tail":
+        assert all("near keys beside linear ones have no kernel" in row.reason for row in kernels)
+    else:
+        assert "triton, output" in checks
 
 
 def test_the_recomputing_backward_conforms() -> None:
