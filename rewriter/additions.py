@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -26,8 +26,11 @@ __all__ = [
     "addition",
     "additions_of",
     "discard",
+    "forget",
     "given_to",
+    "initial_value",
     "lent",
+    "not_asked_for",
     "restored_additions",
     "saved_additions",
     "without_additions",
@@ -39,6 +42,13 @@ NAME = "rewriter"
 
 class Additions(nn.Module):
     """One level of the path of a site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: set[str] = set()
+        """At the first level: full names that graphs asked for since the model was optimized."""
+        self.fresh: set[str] = set()
+        """At the first level: those that were made in the last call."""
 
     def forward(self, *args: Any) -> Any:
         raise NotImplementedError("this module holds parameters; it computes nothing")
@@ -56,11 +66,14 @@ def addition(
     """The full name of a parameter at the path, which is made if it is not there.
 
     Raises:
-        InputError: if it is there in another shape: it belongs to another plan.
+        InputError: if it is there in another shape: it belongs to another plan; if it has the name
+            of an attribute of modules.
     """
     holder = _holder(model, path)
     name = f"{NAME}.{path}.{wanted.name}"
-    known = getattr(holder, wanted.name, None)
+    root = cast(Additions, additions_of(model))
+    root.asked.add(name)
+    known = {**holder._parameters, **holder._buffers}.get(wanted.name)
     if known is not None:
         if tuple(known.shape) != wanted.shape:
             raise InputError(
@@ -68,7 +81,10 @@ def addition(
                 "belongs to another plan; call rewriter.restore(model) first"
             )
         return name
-    value = _initial(wanted).to(device, dtype)
+    if hasattr(holder, wanted.name):
+        raise InputError(f"{name}: {wanted.name!r} is something that every module has; rename it")
+    root.fresh.add(name)
+    value = initial_value(wanted).to(device, dtype)
     if wanted.trained:
         holder.register_parameter(wanted.name, nn.Parameter(value))
     else:
@@ -92,29 +108,47 @@ def _holder(model: nn.Module, path: str) -> Additions:
     return holder
 
 
-def _initial(wanted: Parameter) -> Tensor:
+def initial_value(wanted: Parameter, generator: torch.Generator | None = None) -> Tensor:
+    """What a new parameter is filled with, in float32."""
     if wanted.initial == "eye":
         rows, columns = wanted.shape[-2:]
         return torch.eye(rows, columns).expand(wanted.shape).clone()
     if wanted.initial == "kaiming":
         bound = 1.0 / math.sqrt(wanted.shape[-2])
-        return torch.empty(wanted.shape).uniform_(-bound, bound)
+        return torch.empty(wanted.shape).uniform_(-bound, bound, generator=generator)
     return torch.full(wanted.shape, float(wanted.initial))
 
 
-def discard(model: nn.Module) -> None:
-    """Takes away what passes added."""
-    if additions_of(model) is not None:
+def discard(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Takes away what passes added: all of it, or what has these full names."""
+    root = additions_of(model)
+    if root is None:
+        return
+    for name in () if names is None else names:
+        path, _, last = name.removeprefix(f"{NAME}.").rpartition(".")
+        delattr(root.get_submodule(path), last)
+    if names is None or not root.state_dict():
         del model._modules[NAME]
+
+
+def not_asked_for(model: nn.Module, sites: Collection[str]) -> list[str]:
+    """The full names of what was added to these sites and no graph has asked for."""
+    root = additions_of(model)
+    if root is None:
+        return []
+    names = (f"{NAME}.{name}" for name in root.state_dict())
+    ours = tuple(f"{NAME}.{site}." for site in sites)
+    return [name for name in names if name.startswith(ours) and name not in root.asked]
 
 
 @contextmanager
 def without_additions(model: nn.Module) -> Iterator[None]:
-    """The model as if nothing had been added to it."""
+    """The model as if nothing had been added to it; what is added meanwhile is gone afterwards."""
     found = model._modules.pop(NAME, None) if additions_of(model) is not None else None
     try:
         yield
     finally:
+        discard(model)
         if found is not None:
             model._modules[NAME] = found
 
@@ -123,7 +157,7 @@ def without_additions(model: nn.Module) -> Iterator[None]:
 def lent(source: nn.Module, to: nn.Module) -> Iterator[None]:
     """`to` has for a while what was added and given to `source`, the very same parameters."""
     found, before = additions_of(source), to._modules.get(NAME)
-    if source is to or found is None:
+    if source is to:
         found = None
     given = _GIVEN.get(to)
     try:
@@ -175,6 +209,8 @@ class Gift:
     """int64 `[B, M]`: the group of each token of the prompt, 0 for none."""
     patches: dict[str, Tensor] | None = None
     """Head outputs `[B, H, L, Dv]` by the name of the site."""
+    handle: weakref.ref[Any] | None = None
+    """Who can take it back; gone, if nobody can any more."""
 
 
 @dataclass
@@ -184,6 +220,19 @@ class Given:
     gifts: list[Gift] = field(default_factory=list)
     """The last one counts."""
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, gift: Gift) -> None:
+        """The gift counts from now on. Those that a later one hides for ever are forgotten."""
+        hidden: set[str] = set()
+        kept = []
+        for one in reversed(self.gifts):
+            says = {name for name in ("labels", "patches") if getattr(one, name) is not None}
+            if says <= hidden:
+                continue
+            kept.append(one)
+            if one.handle is not None and one.handle() is None:
+                hidden |= says
+        self.gifts[:] = [*reversed(kept), gift]
 
     @property
     def labels(self) -> Tensor | None:
@@ -200,3 +249,8 @@ _GIVEN: weakref.WeakKeyDictionary[nn.Module, Given] = weakref.WeakKeyDictionary(
 def given_to(model: nn.Module) -> Given:
     """What was given to the model."""
     return _GIVEN.setdefault(model, Given())
+
+
+def forget(model: nn.Module) -> None:
+    """Nothing is given to the model."""
+    _GIVEN.pop(model, None)

@@ -45,7 +45,7 @@ class Beside:
         if self.past is None or self.past not in _KEPT:
             return None
         version, kept = _KEPT[self.past]
-        if version != self.past._version or self.name not in kept:
+        if version != _version(self.past) or self.name not in kept:
             return None
         value, values, version = kept[self.name]
         return value if _is_same(values, version, self.past_values) else None
@@ -53,18 +53,24 @@ class Beside:
     def keep(self, value: Any) -> None:
         """Keeps a value for the keys after this call."""
         x = self.full_values
-        entry = (value, None, 0) if x is None else (value, cast(Any, TensorWeakRef)(x), x._version)
-        if self.full in _KEPT and _KEPT[self.full][0] == self.full._version:
+        entry = (value, None, 0) if x is None else (value, cast(Any, TensorWeakRef)(x), _version(x))
+        now = _version(self.full)
+        if self.full in _KEPT and _KEPT[self.full][0] == now:
             _KEPT[self.full][1][self.name] = entry
         else:
-            _KEPT[self.full] = (self.full._version, {self.name: entry})
+            _KEPT[self.full] = (now, {self.name: entry})
 
 
 def _is_same(kept: Any, version: int, x: Tensor | None) -> bool:
     """x is the tensor that was there, and nothing was written into it since."""
     if kept is None or x is None:
         return kept is None and x is None
-    return kept() is x and x._version == version
+    return kept() is x and _version(x) == version
+
+
+def _version(x: Tensor) -> int:
+    """How often the tensor was written to; of an inference tensor that is not known."""
+    return -1 if x.is_inference() else x._version
 
 
 def beside(
@@ -73,6 +79,8 @@ def beside(
     name: tuple[Any, ...],
     weights: Sequence[Tensor] = (),
     values: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    by_place: bool = False,
 ) -> Beside | None:
     """The handle for one call of a site; None where nothing can be kept safely.
 
@@ -82,13 +90,16 @@ def beside(
         name: of the value.
         weights: parameters that it depends on; when one is written to, the value is forgotten.
         values: as `full` and `past`, the values, for what depends on them too.
+        by_place: the value says something of the places of keys and does not depend on what stands
+            there: then it is kept where gradients are recorded or no changes can be seen, too.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not by_place:
         return None
     past = None if past is None or not past.numel() else past
     full_values, past_values = values or (None, None)
     read = (full, past, full_values, past_values, *weights)
-    if any(x is not None and x.is_inference() for x in read):  # their changes cannot be seen
+    # changes of inference tensors cannot be seen
+    if not by_place and any(x is not None and x.is_inference() for x in read):
         return None
     marks = tuple((x.data_ptr(), x._version) for x in weights)
     return Beside((*name, *marks), full, past, full_values, past_values)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from rewriter.additions import restored_additions, saved_additions, without_addi
 from rewriter.errors import CheckpointError
 from rewriter.hub import check_device, check_directory, load_model, read_json
 from rewriter.optimize import optimize, report_of, requests_of, target_of
+from rewriter.passbase import Request
 from rewriter.plan import FILE, Plan, config_of, parameters_of
 from rewriter.report import Report
 
 ADDED = "rewriter.safetensors"
 """The parameters that passes added."""
 
-__all__ = ["changed_sites", "check_output", "load", "open_directory", "save"]
+__all__ = ["apply_plan", "changed_sites", "check_output", "load", "open_directory", "save"]
 
 _LEFT = (
     *(
@@ -113,7 +114,24 @@ def load(directory: str | Path, *, device: str = "cpu") -> nn.Module:
             "call rewriter.optimize(model)"
         )
     model, plan = open_directory(directory, device=device)
-    optimize(model, *plan.passes, target=plan.target)
+    return apply_plan(directory, plan, model)
+
+
+def apply_plan(
+    directory: str | Path, plan: Plan, model: nn.Module, passes: Sequence[Request] | None = None
+) -> nn.Module:
+    """Optimizes a model that was opened, with what its passes had learned when it was saved.
+
+    Args:
+        directory, plan, model: as `open_directory` took and gave them.
+        passes: in the place of the plan's.
+
+    Raises:
+        CheckpointError, PlanError: the saved parameters are not there, or are others.
+    """
+    requests = plan.passes if passes is None else passes
+    if requests:
+        optimize(model, *requests, target=plan.target)
     _load_additions(Path(directory), plan, model)
     return model
 

@@ -173,7 +173,7 @@ def optimize_command(
         requests = (*plan.passes, *requests)
         changing = [r.text for r in requests if r.action.contract != "exact"]
         step("rewriting")
-        optimize(model, *requests, target=plan.target)
+        checkpoint.apply_plan(directory, plan, model, requests or registry.read_requests(["fuse"]))
         report = inspect(model, inputs)
         _check_applied(requests_of(model), report)
         if verify:
@@ -220,7 +220,6 @@ def verify_command(
 ) -> None:
     """Compare two models by the error-ratio rule; exit code 1 if they are not equivalent."""
     from rewriter import checkpoint
-    from rewriter.optimize import optimize
     from rewriter.verify import verify
 
     notes: list[str] = []
@@ -230,7 +229,7 @@ def verify_command(
         original, _ = _open(directory, device, step)
         model, plan = _open(other, device, step)
         if plan.passes:
-            optimize(model, *_everywhere(plan.passes), target=plan.target)
+            checkpoint.apply_plan(other, plan, model, _everywhere(plan.passes))
         step("comparing")
         inputs = _inputs(original, batch, length)
         report = verify(
@@ -261,23 +260,28 @@ def export_command(
     batch: Batch = 2,
     length: Length = 16,
     state: Annotated[
-        bool, typer.Option("--state", help="Hand states on, call by call: linear sums, block sums, labels.")
+        bool,
+        typer.Option(
+            "--state", help="Hand states on, call by call: linear sums, block sums, labels."
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a model, rewritten or not, to ONNX, and check the file in ONNX Runtime."""
-    from rewriter.checkpoint import check_output
+    from rewriter.checkpoint import apply_plan, check_output
+    from rewriter.examples import continued
     from rewriter.export import export_onnx
-    from rewriter.optimize import optimize
 
     check_output(onnx)
     with _working(debug) as step:
         model, plan = _open(directory, device, step)
-        if plan.passes:
-            optimize(model, *plan.passes, target=plan.target)
+        apply_plan(directory, plan, model)
         step("exporting, and checking in ONNX Runtime")
-        report = export_onnx(model, _inputs(model, batch, length), onnx, state=state)
+        inputs = _inputs(model, batch, length)
+        if state:
+            inputs = continued(model, inputs)
+        report = export_onnx(model, inputs, onnx, state=state)
     _emit(as_json, report.to_dict(), str(report))
 
 

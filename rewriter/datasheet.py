@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from dataclasses import MISSING
 from typing import Any
@@ -28,7 +29,7 @@ def data_sheet(kind: type[Pass]) -> dict[str, Any]:
         "patterns": list(kind.patterns),
         "laws": list(kind.laws),
         "examples": list(kind.examples),
-        "summary": text.partition("\n")[0],
+        "summary": _first_sentence(text),
         "text": text,
         "source": inspect.getdoc(sys.modules[kind.__module__]) or "",
         "options": [
@@ -45,6 +46,11 @@ def data_sheet(kind: type[Pass]) -> dict[str, Any]:
             for name, (declared, hint) in options_of(kind).items()
         ],
     }
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=[.]) ", paragraph)[0]
 
 
 def sheet_view(kind: type[Pass]) -> RenderableType:
@@ -70,7 +76,7 @@ def sheet_view(kind: type[Pass]) -> RenderableType:
 def _facts(sheet: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines below the options."""
     return [
-        ("Identity", sheet["identity"]),
+        ("Identity", sheet["identity"] or "none"),
         ("For", ", ".join(sheet["patterns"]) or "it does not say"),
         ("Laws it keeps", ", ".join(sheet["laws"]) or "it does not say"),
         ("Examples", "; ".join(sheet["examples"]) or "none"),

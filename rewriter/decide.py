@@ -60,6 +60,10 @@ class State:
 
     frames: list[int] = field(default_factory=list)
     """For each graph, torch's number of the code that it was made from."""
+    replaced: Any = None
+    """What `Module.compile` had installed before."""
+    prunes: bool = False
+    """The model was optimized before: what its new passes do not ask for goes."""
     softmaxes: int = 0
     """Softmax nodes that are left in the graphs."""
     breaks: set[str] = field(default_factory=set)
@@ -250,8 +254,8 @@ def _decide(
         reason = "a graph break inside the layer: all layers would share the new parameters"
         return SiteReport(site, 0, spec, "kept", "original", reason), None
     sizes = cast(Bounds, lifted.bounds).sizes
-    if after != spec and sizes[sym.q] == sizes[sym.k]:
-        after = on_one_axis(after) if isinstance(after, SoftmaxSpec) else after
+    if isinstance(after, SoftmaxSpec) and after != spec and sizes[sym.q] == sizes[sym.k]:
+        after = on_one_axis(after)
     reason = "; ".join(refusals)
     if not applied:
         reason = reason or "no pass selects it"

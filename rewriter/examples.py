@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import InputError
 
-__all__ = ["example_inputs"]
+__all__ = ["continued", "example_inputs"]
 
 
 def example_inputs(
@@ -44,6 +44,23 @@ def example_inputs(
         inputs["use_cache"] = False
     parameter = next(model.parameters(), torch.empty(0))
     return {name: _placed(value, parameter) for name, value in inputs.items()}
+
+
+def continued(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs for the second half of the tokens, with a key-value cache of the first half; the same
+    inputs where the model has no such cache."""
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if tokens is None or "use_cache" not in inputs or tokens.shape[1] < 4:
+        return inputs
+    half = tokens.shape[1] // 2
+    first = {"input_ids": tokens[:, :half], "use_cache": True}
+    if mask is not None:
+        first["attention_mask"] = mask[:, :half]
+    with torch.no_grad():
+        cache = getattr(model(**first), "past_key_values", None)
+    if cache is None:
+        return inputs
+    return inputs | {"input_ids": tokens[:, half:], "past_key_values": cache, "use_cache": True}
 
 
 def _placed(value: Any, like: Tensor) -> Any:

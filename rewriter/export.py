@@ -25,9 +25,10 @@ from rewriter.export_state import (
     states_of,
     without_caches,
 )
+from rewriter.isolation import kept_buffers
 from rewriter.kernels.onnx_attention import inline_attention
 from rewriter.kernels.onnx_state import States
-from rewriter.optimize import requests_of, rewrite_graph
+from rewriter.optimize import report_of, requests_of, rewrite_graph
 from rewriter.program import (
     Call,
     axis_names,
@@ -137,6 +138,10 @@ def export_onnx(
     path = _checked_path(Path(path), overwrite)
     _check_dtypes(model)
     with inference(model):
+        if requests_of(model) and not report_of(model).graphs:  # passes add parameters in a call
+            first = GivenCall(model, inputs)
+            with kept_buffers(model):
+                first(first.tree.tensors)
         call, others = _calls(model, inputs, check_inputs or (), state, dynamic)
         example = widened(call) if dynamic else call.tree.tensors
         program, outputs = program_of(call, example, dynamic)

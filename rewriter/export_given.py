@@ -71,8 +71,7 @@ class GivenCall(Call):
                 if self.length is not None and shape[2] == like.length:
                     shape[2] = self.length
             found[f"{PATCHES}{site}"] = resized(patch, shape)
-        # not a view, of which torch.export would look at the whole
-        return {name: x.detach().clone() for name, x in found.items()}
+        return found
 
     def _labels(self, labels: Tensor, like: GivenCall | None) -> Tensor:
         most = self._most_labels()

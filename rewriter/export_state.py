@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.errors import InputError
+from rewriter.errors import ExportError, InputError
 from rewriter.export_given import LABELS, GivenCall, measured_elsewhere
 from rewriter.kernels.onnx_state import States
 from rewriter.program import length_axis
@@ -137,7 +137,15 @@ def check_in_pieces(
     for name in [n for n in found if not n.startswith("present")]:
         found[name] = torch.cat([first[name], found[name]], 1)
     real, expected = ({n: pieces.real(x[n]) for n in found} for x in (found, wanted))
-    return compare(real, expected, tolerance, where)
+    try:
+        return compare(real, expected, tolerance, where)
+    except ExportError as error:
+        if pieces.caches:
+            raise
+        raise ExportError(
+            f"in two calls: {error}. The inputs hold no key-value cache: a model that numbers its "
+            "tokens then begins again with each call; give a cache, or positions"
+        ) from None
 
 
 def _present(name: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from rewriter.additions import Gift, given_to
 from rewriter.errors import InputError
-from rewriter.optimize import call_arguments, reinstalled
+from rewriter.optimize import call_arguments, reinstalled, report_of, requests_of
 from rewriter.watch import Watched
 
 __all__ = ["Handed", "give", "head_outputs", "label_spans"]
@@ -54,14 +57,43 @@ def give(
             those of 1 for an image. Tokens that come later are ordinary.
         patches: head outputs `[B, H, L, Dv]` by the name of the site, as `head_outputs` gives them.
 
+    Without `with`, they last until others are given.
+
     Raises:
-        InputError: labels of another shape or with other values, or without an image.
+        InputError: labels of another shape or with other values, or without an image; a name that
+            is no site, where the model has run.
     """
+    if patches is not None:
+        _check_names(model, patches)
     gift = Gift(
         None if labels is None else _checked(labels), None if patches is None else dict(patches)
     )
-    given_to(model).gifts.append(gift)
-    return Handed(model, gift)
+    handed = Handed(model, gift)
+    gift.handle = weakref.ref(handed)
+    given_to(model).add(gift)
+    return handed
+
+
+def _check_names(model: nn.Module, patches: Mapping[str, Tensor]) -> None:
+    """Raises InputError for a name that is no site of a model that has run.
+
+    A part of the model that has not, such as an encoder, has sites that are not known: of its lists
+    of layers, every module is taken.
+    """
+    sites = [line.site.name for line in report_of(model).attention]
+    stacks, modules = {_stack(name) for name in sites}, {name for name, _ in model.named_modules()}
+    for name in patches if sites else ():
+        is_elsewhere = _stack(name) not in (*stacks, name)
+        if name in sites or (is_elsewhere and name.partition("#")[0] in modules):
+            continue
+        close = difflib.get_close_matches(name, sites, n=1)
+        what = f"did you mean {close[0]!r}?" if close else "print(rewriter.report_of(model))"
+        raise InputError(f"{name!r} is no site of {type(model).__name__}; {what}")
+
+
+def _stack(site: str) -> str:
+    """The path as far as the number of the layer."""
+    return re.split(r"\d", site, maxsplit=1)[0]
 
 
 def _checked(labels: Tensor) -> Tensor:
@@ -104,6 +136,9 @@ def label_spans(spans: Sequence[tuple[int, int]], *, length: int, label: int = 1
 def head_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """The outputs of all heads of every site, `[B, H, L, Dv]` by its name, in one call.
 
+    Those of the model with its passes, but for passes that replace heads by what is given: they
+    need no gift here, and what has been given to them is not seen.
+
     Args:
         model: an optimized model, or a plain one; it is the same afterwards.
         inputs: what one call takes: a mapping, a sequence of arguments, or one tensor.
@@ -119,7 +154,8 @@ def head_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         return result
 
     args, kwargs = call_arguments(inputs)
-    with torch.no_grad(), reinstalled(model, watcher=watcher):
+    requests = [r for r in requests_of(model) if r.action.stage != "patch"]
+    with torch.no_grad(), reinstalled(model, requests=requests, watcher=watcher):
         model(*args, **kwargs)
     if not found:
         raise InputError("no attention of the model was understood, so there are no head outputs")

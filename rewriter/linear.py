@@ -10,9 +10,7 @@ needs).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, cast
 
 import sympy
@@ -236,9 +234,3 @@ class LinearSpec(Spec):
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SpecError(f"not a linear spec: {error}") from error
-
-    @staticmethod
-    @lru_cache(maxsize=4096)
-    def from_json(text: str) -> LinearSpec:
-        """The spec that `to_json` wrote; parsed once a text."""
-        return LinearSpec.from_dict(json.loads(text))

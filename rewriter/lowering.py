@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
+import sympy
 import torch
+from sympy import Integer
 from torch import Tensor
 
+from rewriter import symbols as sym
 from rewriter.errors import InputError, LoweringError
 from rewriter.families import from_json
 from rewriter.kernels import torch_backward, torch_linear, torch_routed
@@ -175,8 +178,8 @@ REFERENCE = Lowering(
 
 LOWERINGS: tuple[Lowering, ...] = (
     TRITON,
-    SDPA,
     COMPACT,
+    SDPA,
     BLOCKED,
     ROUTED,
     LINEAR,
@@ -185,8 +188,8 @@ LOWERINGS: tuple[Lowering, ...] = (
 """Every lowering, in the order of preference; `"auto"` leaves the reference out."""
 
 _TARGETS: dict[str, tuple[Lowering, ...]] = {
-    "auto": (TRITON, COMPACT, SDPA, BLOCKED, ROUTED, LINEAR),
-    "torch": (COMPACT, SDPA, BLOCKED, ROUTED, LINEAR),
+    "auto": tuple(x for x in LOWERINGS if x is not REFERENCE),
+    "torch": tuple(x for x in LOWERINGS if x.name.startswith("torch.")),
     **{lowering.name: (lowering,) for lowering in LOWERINGS},
 }
 
@@ -202,18 +205,38 @@ def check_target(target: str) -> None:
 
 
 def at_lengths(spec: Spec, q_len: int, kv_len: int) -> Spec:
-    """The spec without a route that lets every query see every key at these lengths."""
-    route = spec.route if isinstance(spec, SoftmaxSpec) else None
-    if route is None:
+    """The spec without a route that, at these lengths, hides no key that the mask shows."""
+    if not isinstance(spec, SoftmaxSpec) or spec.route is None:
         return spec
-    everything = kv_len <= route.dense_below
-    if route.by == "query":
-        everything |= kv_len <= route.topk * route.block
-    else:
+    route = spec.route
+    if kv_len <= route.dense_below:
+        everything = True
+    elif route.by == "region":
         down, across = route.region_counts
-        everything |= route.topk >= down * across
-    assert isinstance(spec, SoftmaxSpec)
+        everything = route.topk >= down * across
+    else:
+        everything = kv_len <= route.block or (
+            kv_len <= route.topk * route.block and _ends_before(spec, q_len, kv_len)
+        )
     return replace(spec, route=None) if everything else spec
+
+
+def _ends_before(spec: SoftmaxSpec, q_len: int, kv_len: int) -> bool:
+    """No query sees a key behind its position in the route, by a term of the mask or because there
+    is none: later blocks, which the route hides, are hidden without it."""
+    position = cast(Any, spec.route).position
+    ends = [sym.M - 1]
+    for term in sympy.And.make_args(spec.mask):
+        if isinstance(term, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+            end = term.gts - term.lts + sym.k  # the term says k <= end, or k < end
+            strict = isinstance(term, sympy.Lt | sympy.Gt) and end.is_integer
+            ends.append(end - 1 if strict else end)
+    for end in ends:
+        beyond = sympy.expand((position - end).xreplace({sym.L: q_len, sym.M: kv_len}))
+        least = beyond.xreplace({sym.q: Integer(0)})
+        if least.is_Integer and least >= 0 and beyond - least in (0, sym.q):
+            return True
+    return False
 
 
 def backward_of(spec: Spec) -> Backward:

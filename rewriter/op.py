@@ -23,7 +23,7 @@ from rewriter.lowering import Choice, Shapes, backward_of, choose
 from rewriter.reference import finished
 from rewriter.spec import SoftmaxSpec, Spec
 
-__all__ = ["attention"]
+__all__ = ["attention", "core_of", "finish"]
 
 
 def attention(
@@ -39,8 +39,8 @@ def attention(
 
     Args:
         q: queries `[B, Hq, L, D]`.
-        k: keys `[B, Hkv, M, D]`; `Hq` is a multiple of `Hkv`.
-        v: values `[B, Hkv, M, Dv]`.
+        k: keys `[B, Hkv, M, D]` in the dtype of q; `Hq` is a multiple of `Hkv`.
+        v: values `[B, Hkv, M, Dv]`, of a dtype of their own.
         tensors: what the formulas read, in the order of `spec.tensors`.
         sizes: the integers named by `spec.sizes`.
         target: `"auto"`, `"torch"` or the name of a lowering.
@@ -74,7 +74,9 @@ came out of it; with the name of the site they find what `rewriter.beside` keeps
 `attention_backward` gives the wanted gradients of q, k, v and the tensors, in this order."""
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], spec: Spec) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], spec: Spec
+) -> None:
     """Raises ShapeError if the tensors do not fit each other or the spec."""
     if not (q.dim() == k.dim() == v.dim() == 4):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -82,9 +84,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], spec: Spe
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ShapeError(f"q, k and v do not fit each other: {shapes}")
+    if q.dtype != k.dtype:
+        raise ShapeError(f"q is {q.dtype} and k is {k.dtype}; cast one to the dtype of the other")
     if len(tensors) != len(spec.tensors):
         names = ", ".join(t.name for t in spec.tensors) or "no tensors"
         raise ShapeError(f"the spec reads {names}, got {len(tensors)} tensors")
+    if len(sizes) != len(spec.sizes):
+        names = f"the sizes {', '.join(spec.sizes)}" if spec.sizes else "no sizes"
+        raise ShapeError(f"the spec uses {names}, got {len(sizes)}")
 
 
 @lru_cache(maxsize=4096)
@@ -142,8 +149,8 @@ def _attention(
         with _without_autocast(q.device.type):
             return _attention(q, k, v, tensors, sizes, spec, target, full, past, site)
     whole = from_json(spec)
-    _check(q, k, v, tensors, whole)
-    core, kept = _core(spec)
+    _check(q, k, v, tensors, sizes, whole)
+    core, kept = core_of(spec)
     read = [tensors[i] for i in kept]
     choice = _choose_for(q, k, v, sizes, core, target)
     found = choice.lowering
@@ -154,7 +161,7 @@ def _attention(
         name, values = (site, choice.spec.kept), (full[1], past[1])
         memory = beside(full[0], past[0], name, weights, values)
     out = found.forward(*args) if memory is None else cast(Any, found.cached)(*args, memory)
-    return out if core == whole else _finished(whole, core, out, v, tensors, sizes)
+    return out if core == whole else finish(whole, core, out, v, tensors, sizes)
 
 
 def _seeded(
@@ -172,14 +179,14 @@ def _seeded(
         with _without_autocast(q.device.type):
             return _seeded(q, k, v, tensors, sizes, spec, target, seed)
     parsed = from_json(spec)
-    choice = _choose_for(q, k, v, sizes, parsed, target)
-    if seed is not None:
+    choice = _choose_for(q, k, v, sizes, parsed, target)  # an error, if the target refuses
+    if seed is not None:  # whoever was chosen: the backward draws again by blocks
         return blocked(cast(SoftmaxSpec, parsed), q, k, v, tensors, sizes, seed=int(seed))
     return choice.lowering.forward(choice.spec, q, k, v, tensors, sizes)
 
 
 @lru_cache(maxsize=4096)
-def _core(spec_json: str) -> tuple[Spec, tuple[int, ...]]:
+def core_of(spec_json: str) -> tuple[Spec, tuple[int, ...]]:
     """What a lowering computes of a spec, and which of its tensors that reads: the stages that
     every family shares, after the product with the values, are ordinary torch."""
     spec = from_json(spec_json)
@@ -194,7 +201,7 @@ def _core(spec_json: str) -> tuple[Spec, tuple[int, ...]]:
     return core, tuple(n for n, t in enumerate(spec.tensors) if t in core.tensors)
 
 
-def _finished(
+def finish(
     spec: Spec,
     core: Spec,
     out: Tensor,
@@ -202,7 +209,7 @@ def _finished(
     tensors: Sequence[Tensor],
     sizes: Sequence[int],
 ) -> Tensor:
-    """The stages that `core` left out."""
+    """The output with the stages that `core_of` left out, in the dtype of v."""
     if core.heads == spec.heads:
         spec = cast(Spec, replace(cast(Any, spec), heads=Integer(1)))
     return finished(spec, out, v, tensors, sizes).to(v.dtype)
@@ -336,13 +343,13 @@ def _autograd(
                 ),
             )
     whole = from_json(spec)
-    _check(q, k, v, tensors, whole)
-    core, kept = _core(spec)
+    _check(q, k, v, tensors, sizes, whole)
+    core, kept = core_of(spec)
     out = _recorded(q, k, v, [tensors[i] for i in kept], sizes, core, target)
     if core == whole:
         return out
     with _without_autocast(q.device.type):
-        return _finished(whole, core, out, v, tensors, sizes)
+        return finish(whole, core, out, v, tensors, sizes)
 
 
 def _recorded(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -16,7 +17,14 @@ import torch
 from torch import fx, nn
 
 from rewriter import lowering
-from rewriter.additions import additions_of, discard, given_to, without_additions
+from rewriter.additions import (
+    additions_of,
+    discard,
+    forget,
+    given_to,
+    not_asked_for,
+    without_additions,
+)
 from rewriter.assemble import assembled, insert_all
 from rewriter.capture import Captured, capturing, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of, split_request
@@ -28,6 +36,7 @@ from rewriter.errors import (
     SelectorError,
 )
 from rewriter.find import softmaxes
+from rewriter.isolation import kept_buffers
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
 from rewriter.report import Report, SiteReport
@@ -48,6 +57,9 @@ __all__ = [
 DEFAULT = ("fuse",)
 
 
+CALL = "_compiled_call_impl"
+"""Where a module has what `Module.compile` installed, which torch calls in its place."""
+
 _STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
 
 
@@ -66,9 +78,13 @@ def optimize(
         target: `"auto"` picks an implementation by device and shape; a name (`"reference"`,
             `"torch"`, `"triton"`) asks for it, and the first call of the model raises LoweringError
             where it cannot be had.
-        inputs: one call's inputs, with which the model is run once, without gradients. Passes that
-            add parameters (routers, feature maps, gates, sinks) make them at the first call: give
-            inputs, or call the model once, before you make an optimiser.
+        inputs: one call's inputs, with which the model is run once, without gradients; its buffers
+            stay as they are. Passes that add parameters (routers, feature maps, gates, sinks) make
+            them at the first call: give inputs, or call the model once, before you make an
+            optimiser.
+
+    On a model that is optimized already the new requests stand in the place of the old ones. What
+    passes added stays, trained, where the new requests ask for it too; the rest is gone.
 
     Raises:
         PassError: an unknown pass or option, or a value out of range.
@@ -80,14 +96,18 @@ def optimize(
     requests = read_requests(passes or DEFAULT)
     lowering.check_target(target)
     _check_layers(requests, model)
-    if requests == requests_of(model):
-        _uninstall(model)
-    else:
-        restore(model)
-    _install(model, State(requests, target))
+    before = {r.action.name for r in requests_of(model)}
+    if before and before.isdisjoint(r.action.name for r in requests):
+        discard(model)
+    _uninstall(model)
+    given_to(model).losses.clear()
+    held = additions_of(model)
+    if held is not None:
+        held.asked.clear()
+    _install(model, State(requests, target, prunes=bool(before)))
     if inputs is not None:
         args, kwargs = call_arguments(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), kept_buffers(model):
             model(*args, **kwargs)
     return model
 
@@ -99,7 +119,7 @@ def _run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _install(model: nn.Module, state: State) -> None:
-    alive, had_additions = weakref.ref(model), additions_of(model) is not None
+    alive = weakref.ref(model)
     # A code object of its own: Dynamo keeps graphs and counts recompilations by code object.
     run = FunctionType(_run.__code__.replace(), _run.__globals__)
     compile_: Any = torch.compile
@@ -111,24 +131,32 @@ def _install(model: nn.Module, state: State) -> None:
         reasons = torch._dynamo.utils.graph_break_reasons
         known = len(reasons)
         given_to(module).losses.clear()
+        held = additions_of(module)
+        if held is not None:
+            held.fresh.clear()
         with capturing():
             out = compiled(module, *args, **kwargs)
-        _add_losses(module, out)
+        out = _with_losses(module, out)
         state.breaks |= {str(r.user_stack[-1:]) for r in reasons[known:]}
-        if state.failure is not None:
+        failure = state.failure or (None if state.checked else _unmatched(state, module))
+        if failure is not None:
             _uninstall(module)
-            if not had_additions:
-                discard(module)
-            raise state.failure
+            held = additions_of(module)
+            if held is not None:
+                discard(module, held.fresh)
+            raise failure
         if not state.checked:
             state.checked = True
             if not state.graphs:
                 state.notes.append("torch captured no graph, so the model runs as it was")
-            _check_matched(state, module)
+            if state.prunes:
+                discard(module, not_asked_for(module, {s.site.name for s in state.sites}))
             for message in _idle(state):
                 warnings.warn(message, NotAppliedWarning, stacklevel=2)
         return out
 
+    known = _STATES.get(model)
+    state.replaced = model.__dict__.get(CALL) if known is None else known.replaced
     _STATES[model] = state
     model._compiled_call_impl = call
     model.__dict__["__deepcopy__"] = _Copier(alive)
@@ -179,14 +207,24 @@ def _keep_image_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         torch._dynamo.mark_static(given, list(range(1, given.dim())))
 
 
-def _add_losses(model: nn.Module, out: Any) -> None:
-    """Adds the loss terms of the call's passes to the loss that the model returns, so that every
-    trainer reaches them."""
+def _with_losses(model: nn.Module, out: Any) -> Any:
+    """The outputs, with the loss terms of the call's passes added to the loss that the model
+    returns, so that every trainer reaches them."""
     if not given_to(model).losses:
-        return
+        return out
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    if isinstance(loss, torch.Tensor) and loss.requires_grad:
-        cast(Any, out)["loss"] = loss + auxiliary_loss(model).to(loss)
+    if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return out
+    loss = loss + auxiliary_loss(model).to(loss)
+    if isinstance(out, MutableMapping):
+        out["loss"] = loss
+    elif isinstance(out, tuple):  # with names
+        return cast(Any, out)._replace(loss=loss)
+    elif dataclasses.is_dataclass(out):
+        return dataclasses.replace(cast(Any, out), loss=loss)
+    else:
+        out.loss = loss
+    return out
 
 
 def auxiliary_loss(model: nn.Module) -> torch.Tensor:
@@ -200,17 +238,22 @@ def auxiliary_loss(model: nn.Module) -> torch.Tensor:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives the model back as it was, bit for bit; what passes added is gone. Harmless on a model
-    that was not optimized."""
+    """Gives the model back as it was, bit for bit; what passes added is gone, and what was given to
+    them. Harmless on a model that was not optimized."""
     _uninstall(model)
     discard(model)
+    forget(model)
     return model
 
 
 def _uninstall(model: nn.Module) -> None:
-    if _STATES.pop(model, None) is not None:
-        model.__dict__.pop("_compiled_call_impl", None)
-        model.__dict__.pop("__deepcopy__", None)
+    state = _STATES.pop(model, None)
+    if state is None:
+        return
+    model.__dict__.pop("__deepcopy__", None)
+    model.__dict__.pop(CALL, None)
+    if state.replaced is not None:
+        model.__dict__[CALL] = state.replaced
 
 
 @contextmanager
@@ -234,7 +277,7 @@ def reinstalled(
     Yields:
         What gives the report of the temporary state.
     """
-    before = _STATES.get(model), model.__dict__.get("_compiled_call_impl")
+    before = _STATES.get(model), model.__dict__.get(CALL)
     state = State(
         requests_of(model) if requests is None else tuple(requests),
         target_of(model) if target is None else target,
@@ -249,7 +292,7 @@ def reinstalled(
         if before[0] is not None:
             _STATES[model] = before[0]
         if before[1] is not None:
-            model.__dict__["_compiled_call_impl"] = before[1]
+            model.__dict__[CALL] = before[1]
             model.__dict__["__deepcopy__"] = _Copier(weakref.ref(model))
 
 
@@ -278,41 +321,37 @@ def inspect(model: nn.Module, inputs: Any = None, *passes: str | Pass | Request)
         model: a plain module, which is the same afterwards, or an optimized one.
         inputs: one call's inputs: a mapping of keyword arguments, a sequence of arguments, or one
             tensor. May be left out for an optimized model that has run.
-        passes: what to inspect a plain model with; nothing means `"fuse"`.
+        passes: what to inspect the model with. Nothing means those that it is optimized with, and
+            `"fuse"` for a plain model.
 
     Raises:
         InputError: if there is nothing to run the model with.
         CaptureError: if no graph of the model could be captured.
     """
     state = _STATES.get(model)
-    if state is not None and state.graphs and inputs is None:
+    if state is not None and state.graphs and inputs is None and not passes:
         return state.report()
     if inputs is None:
         raise InputError("inspect needs inputs to run the model with: a dict, a tuple, or a tensor")
     args, kwargs = call_arguments(inputs)
-    if state is not None:
-        with torch.no_grad():
+    with torch.no_grad(), kept_buffers(model):
+        if state is not None and not passes:
             model(*args, **kwargs)
-        return _nonempty(state, model)
-    state = State(read_requests(passes or DEFAULT), "auto")
-    _check_layers(state.requests, model)
-    with without_additions(model):
-        _install(model, state)
-        try:
-            with torch.no_grad():
-                model(*args, **kwargs)
-        finally:
-            restore(model)
-    return _nonempty(state, model)
+            return _nonempty(state.report(), model)
+        requests = read_requests(passes or DEFAULT)
+        _check_layers(requests, model)
+        with without_additions(model), reinstalled(model, requests=requests) as report:
+            model(*args, **kwargs)
+            return _nonempty(report(), model)
 
 
-def _nonempty(state: State, model: nn.Module) -> Report:
-    if not state.graphs:
+def _nonempty(report: Report, model: nn.Module) -> Report:
+    if not report.graphs:
         raise CaptureError(
             f"torch captured no graph of {type(model).__name__}; "
             "run with TORCH_LOGS=graph_breaks to see where it gives up"
         )
-    return state.report()
+    return report
 
 
 def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -344,29 +383,30 @@ def _check_layers(requests: Sequence[Request], model: nn.Module) -> None:
             raise SelectorError(f"{request.text}: layer {outside[0]} does not exist; {has}")
 
 
-def _check_matched(state: State, model: nn.Module) -> None:
+def _unmatched(state: State, model: nn.Module) -> SelectorError | None:
+    """What is wrong if a selector matches no site."""
     sites = [s.site for s in state.sites if s.decision != "not attention"]
     asked = [r for r in state.requests if r.selector.text]
     if not state.graphs or not asked:
-        return
+        return None
     messages = unmatched(asked, sites, layer_count(model, sites[0].path if sites else ""))
-    if messages:
-        restore(model)
-        raise SelectorError(messages[0])
+    return SelectorError(messages[0]) if messages else None
 
 
 def _idle(state: State) -> list[str]:
     """One sentence for each pass that changes the function and was declined by every site."""
     sites = [s for s in state.sites if s.decision != "not attention"]
+    changing = [r.text for r in state.requests if r.action.contract != "exact"]
+    applied = {text for s in sites for text in s.passes}
     messages = []
-    for text in (r.text for r in state.requests if r.action.contract != "exact"):
-        if not sites or any(text in s.passes for s in sites):
+    for text in (text for text in changing if text not in applied):
+        if not sites:
+            messages.append(f"{text} was applied nowhere: no attention was found in the model")
             continue
-        why = next((s.reason for s in sites if text in s.reason), sites[0].reason)
-        messages.append(
-            f"{text} was applied nowhere, and the model computes what it did before: "
-            f"{sites[0].site.name}: {why.removeprefix(f'{text}: ')}; print(rewriter.inspect(model))"
-        )
+        first = next((s for s in sites if text in s.reason), sites[0])
+        same = "" if applied & {*changing} else ", and the model computes what it did before"
+        why = f"{first.site.name}: {first.reason.removeprefix(f'{text}: ')}"
+        messages.append(f"{text} was applied nowhere{same}: {why}; print(rewriter.inspect(model))")
     return messages
 
 

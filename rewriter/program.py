@@ -174,6 +174,8 @@ def program_of(call: Call, example: Sequence[Tensor], dynamic: bool) -> tuple[An
     forward.__signature__ = inspect.Signature([inspect.Parameter(n, positional) for n in names])  # type: ignore[attr-defined]
     original = call.model.forward
     shapes = _may_change(call, example) if dynamic else None
+    # of a view, as a model leaves them in its cache, torch.export looks at the whole
+    example = [x.detach().clone() if x._is_view() else x for x in example]
     with _forward(call.model, forward), quiet():
         try:
             program = torch.export.export(

@@ -133,10 +133,10 @@ class Programs:
                     f"{site}: {name} is decided for the tokens of a call, and this cache does not "
                     "grow with them; use one that does, such as a dynamic cache"
                 )
-            memory = beside(full, past, (site, name))
+            memory = beside(full, past, (site, name), by_place=True)
             before = past is not None and past.numel() > 0
             if before:
-                known = None if memory is None else memory.recall()
+                known = memory.recall() if memory is not None else None
                 if known is None:
                     raise InputError(
                         f"{site}: what {name} says of the cached keys is not known: this cache was "
@@ -188,13 +188,13 @@ class Programs:
             return self._input(tap)
         alive, site = weakref.ref(self.model), self.site
 
-        def given(k: Tensor, q: Tensor) -> Tensor:
+        def given(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             model = cast(nn.Module, alive())
             if tap == "labels":
                 return _labels(given_to(model).labels, k, site)
-            return _patch(given_to(model).patches.get(site), q, site)
+            return _patch(given_to(model).patches.get(site), q, v, site)
 
-        return self.call(given, (self.operands["k"], self.operands["q"]))
+        return self.call(given, tuple(self.operands.values()))
 
     def _input(self, tap: str) -> fx.Node:
         """The input of an exported graph that holds what the user gives."""
@@ -202,8 +202,8 @@ class Programs:
         if node is not None:
             return node
         if tap == "labels":
-            raise InputError(_no_labels(self.site, "export"))
-        raise InputError(_no_patch(self.site, "export"))
+            raise InputError(_no_labels(self.site))
+        raise InputError(_no_patch(self.site))
 
     def _parameter(self, tensor: str, wanted: Parameter) -> fx.Node:
         like = value_of(self.operands["q"])
@@ -253,17 +253,17 @@ def _is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
-def _no_labels(site: str, what: str) -> str:
+def _no_labels(site: str) -> str:
     return (
-        f"{site}: which tokens are an image is not known; say it with "
-        f"rewriter.give(model, labels=...) before the {what}"
+        f"{site}: the labels of the tokens are not known (which of them are an image, say); give "
+        "them first: rewriter.give(model, labels=...)"
     )
 
 
-def _no_patch(site: str, what: str) -> str:
+def _no_patch(site: str) -> str:
     return (
-        f"{site}: its head outputs of another run were not given; say them with rewriter.give("
-        f"model, patches=rewriter.head_outputs(model, other_inputs)) before the {what}"
+        f"{site}: its head outputs of another run were not given; give them first: rewriter.give("
+        "model, patches=rewriter.head_outputs(model, other_inputs))"
     )
 
 
@@ -271,7 +271,7 @@ def _labels(labels: Tensor | None, k: Tensor, site: str) -> Tensor:
     if _is_fake(k):
         return k.new_zeros((k.shape[0], k.shape[2]), dtype=torch.int64)
     if labels is None:
-        raise InputError(_no_labels(site, "call"))
+        raise InputError(_no_labels(site))
     batch, keys = k.shape[0], k.shape[2]
     if labels.shape[0] not in (1, batch) or labels.shape[1] > keys:
         raise InputError(
@@ -281,14 +281,15 @@ def _labels(labels: Tensor | None, k: Tensor, site: str) -> Tensor:
     return labels.to(k.device).expand(batch, -1)
 
 
-def _patch(patch: Tensor | None, q: Tensor, site: str) -> Tensor:
+def _patch(patch: Tensor | None, q: Tensor, v: Tensor, site: str) -> Tensor:
+    shape = (*q.shape[:3], v.shape[3])
     if _is_fake(q):
-        return q.new_zeros(q.shape)
+        return q.new_zeros(shape)
     if patch is None:
-        raise InputError(_no_patch(site, "call"))
-    if patch.shape[:3] != q.shape[:3]:
+        raise InputError(_no_patch(site))
+    if tuple(patch.shape) != shape:
         raise InputError(
-            f"{site}: head outputs of shape {tuple(patch.shape)} were given for a call of "
-            f"{tuple(q.shape[:3])} rows, heads and tokens"
+            f"{site}: head outputs of shape {tuple(patch.shape)} were given for a call whose heads "
+            f"give {shape}"
         )
     return patch.to(q.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, cast
 
 import sympy
@@ -275,12 +275,6 @@ class SoftmaxSpec(Spec):
         except (KeyError, TypeError, ValueError) as error:
             raise SpecError(f"not a softmax spec: {error}") from error
 
-    @staticmethod
-    @lru_cache(maxsize=4096)
-    def from_json(text: str) -> SoftmaxSpec:
-        """The spec that `to_json` wrote; parsed once a text."""
-        return SoftmaxSpec.from_dict(json.loads(text))
-
 
 _STAGES: dict[str, Any] = {"route": Route, "edit": Edit, "local": Local, "patch": Patch}
 
@@ -308,9 +302,3 @@ def ending(spec: Spec) -> str:
         where = formula_text(spec.patch.where, spec.truths)
         text += f", {spec.patch.tensor} where {where}"
     return text
-
-
-def index_symbols(formula: Formula) -> set[Symbol]:
-    """The symbols of the formula that are not names of tensors: b, h, q, k, s and sizes."""
-    names = {r.args[0] for r in sym.reads(formula)}
-    return {x for x in formula.free_symbols if x not in names}

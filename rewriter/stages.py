@@ -1,5 +1,5 @@
-"""The optional stages of a softmax attention, each a frozen value: a route, an edit, a patch, a
-local term; and how a tensor is computed that the model does not have."""
+"""The optional stages of an attention, each a frozen value: a route, an edit and a local term of
+softmax attention, a patch of any; and how a tensor is computed that the model does not have."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Tap = Literal["input", "residual", "q", "k", "v", "labels", "patch"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A new parameter of the model, in float32 unless the model is narrower."""
+    """A new parameter of the model, in the dtype of the queries of its site."""
 
     name: str
     shape: tuple[int, ...]

@@ -10,17 +10,20 @@ import torch
 import transformers
 from sympy import Integer, Symbol
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import rewriter
 from rewriter import symbols as sym
-from rewriter.additions import given_to
+from rewriter.additions import addition, given_to
 from rewriter.beside import Beside
 from rewriter.errors import CheckpointError, Declined, InputError, PassError, PlanError
 from rewriter.passbase import Pass
+from rewriter.programs import _patch
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, TensorArg
 from rewriter.stages import Edit, Parameter, Source
 from rewriter.symbols import Read
+from rewriter.testing.small import SmallAttention
 
 SITES = [f"model.layers.{n}.self_attn" for n in range(2)]
 
@@ -178,6 +181,13 @@ def test_verify_compares_trained_additions_with_the_same_additions() -> None:
     assert not hasattr(original, "rewriter")
 
 
+def test_a_parameter_cannot_be_called_like_something_that_every_module_has() -> None:
+    for name in ("type", "forward", "training"):
+        wanted = Parameter(name, (3,))
+        with pytest.raises(InputError, match=f"'{name}' is something that every module has"):
+            addition(nn.Linear(1, 1), "layers.0.gate", wanted, torch.float32, torch.device("cpu"))
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
@@ -228,19 +238,20 @@ def test_parameters_of_another_plan_are_refused() -> None:
 # --- labels, and what is kept beside a cache ------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("make", [decoder, fused_projection])
-def test_cached_text_equals_full_runs_with_the_labels_of_the_prompt(make: Any) -> None:
+def test_cached_text_equals_full_runs_with_the_labels_of_the_prompt(make: Any, mode: Any) -> None:
     model = make()
     rewriter.optimize(model, Halved())
-    with rewriter.give(model, labels=labels_of_image()), torch.no_grad():
-        found = model.generate(
-            TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=5, do_sample=False
-        )
-        text = TOKENS
-        while text.shape[1] < found.shape[1]:
-            logits = model(text, attention_mask=torch.ones_like(text), use_cache=False).logits
-            text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(found, text)
+    with rewriter.give(model, labels=labels_of_image()), mode():
+        text, new, cache = TOKENS, TOKENS, None
+        for _ in range(5):
+            whole = model(text, attention_mask=torch.ones_like(text), use_cache=False).logits
+            mask = torch.ones_like(text)
+            step = model(new, attention_mask=mask, past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(step.logits[:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
+            cache, new = step.past_key_values, whole[:, -1:].argmax(-1)
+            text = torch.cat([text, new], dim=1)
 
 
 def test_a_cache_that_was_reordered_is_refused_by_name() -> None:
@@ -276,11 +287,34 @@ def test_gifts_are_taken_back_in_any_order() -> None:
     assert given_to(model).labels is None
 
 
+def test_gifts_that_can_never_count_again_are_not_kept() -> None:
+    model = nn.Linear(1, 1)
+    given = given_to(model)
+
+    def label() -> int:
+        return -1 if given.labels is None else int(given.labels[0, 0])
+
+    outer = rewriter.give(model, labels=torch.full((1, 2), 9))
+    for n in range(1, 100):
+        rewriter.give(model, labels=torch.full((1, 2), n))
+        rewriter.give(model, patches={"x": torch.full((), n)})
+    assert (label(), int(given.patches["x"])) == (99, 99)
+    assert len(given.gifts) <= 4
+    with rewriter.give(model, labels=torch.full((1, 2), 5)) as inner:
+        assert label() == 5
+        with rewriter.give(model, labels=torch.full((1, 2), 6), patches={}):
+            assert (label(), given.patches) == (6, {})
+        assert (label(), int(given.patches["x"])) == (5, 99)
+        for handed in (inner, outer, outer):
+            handed.take_back()
+            assert label() == 99
+
+
 def test_labels_have_to_be_given_and_to_fit() -> None:
     model = decoder()
     rewriter.optimize(model, Halved())
     with torch.no_grad():
-        with pytest.raises(InputError, match="which tokens are an image is not known"):
+        with pytest.raises(InputError, match="labels of the tokens are not known"):
             model(TOKENS)
         for bad in (torch.ones(3, 11, dtype=torch.long), torch.ones(1, 12, dtype=torch.long)):
             with (
@@ -368,3 +402,101 @@ def test_head_outputs_are_those_of_every_site() -> None:
     assert list(found) == SITES
     assert all(x.shape == (2, 4, 11, 8) for x in found.values())
     assert rewriter.report_of(model).attention == ()
+
+
+def other_tokens() -> dict[str, Tensor]:
+    return {"input_ids": TOKENS.flip(0, 1)}
+
+
+@pytest.mark.parametrize("text", ["heads.patch", "heads.patch(heads=[1]) @ 0"])
+def test_patches_are_had_as_the_message_that_asks_for_them_says(text: str) -> None:
+    model, original = decoder(), decoder()
+    rewriter.optimize(model, text)
+    with pytest.raises(InputError, match=r"patches=rewriter\.head_outputs\(model, other_inputs\)"):
+        model(TOKENS)
+    expected = rewriter.head_outputs(original, other_tokens())
+    for _ in range(2):  # the second time under what is given
+        found = rewriter.head_outputs(model, other_tokens())
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x)
+        rewriter.give(model, patches=found)
+    with torch.no_grad():
+        plain, patched = original(TOKENS).logits, model(TOKENS).logits
+        assert not torch.allclose(patched, plain)
+        with rewriter.give(model, patches=rewriter.head_outputs(model, {"input_ids": TOKENS})):
+            torch.testing.assert_close(model(TOKENS).logits, plain)
+        assert torch.equal(model(TOKENS).logits, patched)
+
+
+def test_head_outputs_are_those_of_the_other_passes() -> None:
+    model, scaled = decoder(), decoder()
+    rewriter.optimize(model, "heads.scale(heads=[2], by=3)", "heads.patch(heads=[1])")
+    rewriter.optimize(scaled, "heads.scale(heads=[2], by=3)")
+    found, expected = (rewriter.head_outputs(m, other_tokens()) for m in (model, scaled))
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_patches_of_another_shape_are_refused(width: int) -> None:
+    model = decoder()
+    rewriter.optimize(model, "heads.patch")
+    outs = rewriter.head_outputs(model, other_tokens())
+    patches = {name: x[..., :width] for name, x in outs.items()}
+    with rewriter.give(model, patches=patches), pytest.raises(InputError) as caught:
+        model(TOKENS)
+    assert str(caught.value) == (
+        f"{SITES[0]}: head outputs of shape (2, 4, 11, {width}) were given for a call whose heads"
+        " give (2, 4, 11, 8)"
+    )
+
+
+def test_a_patch_has_the_width_of_the_values() -> None:
+    q, v = torch.zeros(2, 4, 3, 8), torch.zeros(2, 1, 5, 6)
+    with FakeTensorMode() as mode:
+        assert _patch(None, mode.from_tensor(q), mode.from_tensor(v), "x").shape == (2, 4, 3, 6)
+    patch = torch.ones(2, 4, 3, 6)
+    assert torch.equal(_patch(patch, q, v, "x"), patch)
+    with pytest.raises(InputError, match="whose heads give"):
+        _patch(torch.ones(2, 4, 3, 8), q, v, "x")
+
+
+def test_patches_of_no_site_are_refused_with_what_was_meant() -> None:
+    model, outs = decoder(), rewriter.head_outputs(decoder(), other_tokens())
+    rewriter.optimize(model, "heads.patch @ 0")
+    x = outs[SITES[0]]
+    rewriter.give(model, patches={"typo": x}).take_back()  # it has not run, so nothing is known
+    with rewriter.give(model, patches=outs), torch.no_grad():
+        model(TOKENS)
+    with pytest.raises(InputError) as caught:
+        rewriter.give(model, patches={**outs, "model.layers.0.self_atn": x})
+    assert str(caught.value) == (
+        "'model.layers.0.self_atn' is no site of LlamaForCausalLM; did you mean"
+        " 'model.layers.0.self_attn'?"
+    )
+    for name in ("model.layers.1.mlp", f"{SITES[0]}#1", "lm_heat"):
+        with pytest.raises(InputError, match=f"'{name}' is no site of LlamaForCausalLM"):
+            rewriter.give(model, patches={name: x})
+    assert given_to(model).gifts == []
+
+
+class Halves(nn.Module):
+    """Two stacks, of which a call runs the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (nn.ModuleList([SmallAttention("causal self")]) for _ in "ed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder[0](x)  # type: ignore[no-any-return]
+
+
+def test_a_stack_that_has_not_run_has_sites_that_are_not_known() -> None:
+    model = rewriter.optimize(Halves().eval())
+    with torch.no_grad():
+        model(torch.randn(2, 11, 32))
+    assert [line.site.name for line in rewriter.report_of(model).attention] == ["decoder.0"]
+    rewriter.give(model, patches={"decoder.0": torch.zeros(()), "encoder.0": torch.zeros(())})
+    for name in ("encoder.1", "decoder.1", "encoder", "(no module)"):
+        with pytest.raises(InputError, match="is no site of Halves"):
+            rewriter.give(model, patches={name: torch.zeros(())})

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import onnxruntime
 import pytest
+import torch
+import transformers
 
+import rewriter
 from rewriter import registry
 from rewriter.cli import main
 from zoo import architecture
@@ -184,8 +188,51 @@ def test_export_writes_a_file_that_onnx_runtime_has_run(
 def test_a_state_that_no_site_has_is_refused(run: Command, encoder: Path, tmp_path: Path) -> None:
     done = run("export", encoder, "--onnx", tmp_path / "model.onnx", "--state")
     assert done.code == 2
-    assert "no causal linear attention" in done.err
+    assert "no site of this model has a state" in done.err
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_saved_gate_is_what_every_command_computes(
+    run: Command, decoder: Path, tmp_path: Path
+) -> None:
+    """The gates are shut; a command that reads the plan and no parameters would leave them open."""
+    tokens = {"input_ids": torch.arange(3, 15).view(2, 6), "use_cache": False}
+    model: Any = rewriter.optimize(
+        transformers.AutoModelForCausalLM.from_pretrained(decoder), "heads.gate", inputs=tokens
+    )
+    gates = [p for n, p in model.named_parameters() if n.startswith("rewriter.")]
+    with torch.no_grad():
+        [p.fill_(-9.0) for p in gates]
+        wanted = model(**tokens).logits
+    shut, windowed, file = tmp_path / "shut", tmp_path / "windowed", tmp_path / "model.onnx"
+    rewriter.save(model, shut)
+
+    done = run("verify", decoder, shut)
+    assert done.code == 1, done.out
+    done = run("optimize", shut, "--pass", "sparse.window(window=64)", "--out", windowed)
+    assert done.code == 0, done.err
+    with torch.no_grad():
+        torch.testing.assert_close(rewriter.load(windowed)(**tokens).logits, wanted)
+    done = run("export", shut, "--onnx", file)
+    assert done.code == 0, done.err
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    mask = torch.ones_like(tokens["input_ids"])
+    feed = {"input_ids": tokens["input_ids"].numpy(), "attention_mask": mask.numpy()}
+    (logits,) = session.run(None, feed)
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_is_handed_on_behind_a_cache(run: Command, decoder: Path, tmp_path: Path) -> None:
+    rewritten = tmp_path / "linear"
+    done = run("optimize", decoder, "--pass", "linear.features(map=elu) @ 0", "--out", rewritten)
+    assert done.code == 0, done.err
+    done = run("export", rewritten, "--onnx", tmp_path / "model.onnx", "--state", "--json")
+    assert done.code == 0, done.err
+    assert [n for n in done.json["inputs"] if n.startswith("past")] == [
+        "past_key_values.1.key",
+        "past_key_values.1.value",
+        "past_state.model.layers.0.self_attn",
+    ]
 
 
 def test_passes_lists_every_pass(run: Command) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import rewriter
-from rewriter.errors import InputError, NotAppliedWarning, PassError
+from rewriter.additions import given_to
+from rewriter.errors import InputError, LoweringError, NotAppliedWarning, PassError
 
 
 class Attention(nn.Module):
@@ -66,7 +69,6 @@ def test_a_copy_is_optimized_too_and_has_parameters_of_its_own() -> None:
         twin.get_parameter(GATE).fill_(0.0)
         assert not torch.allclose(twin(X), out)
         assert torch.equal(model(X), out)
-    assert copy.deepcopy(rewriter.restore(model)) is not model
 
 
 def test_pickling_is_refused_with_what_to_do_instead() -> None:
@@ -81,8 +83,106 @@ def test_the_same_passes_again_keep_what_was_trained_and_others_do_not() -> None
     rewriter.optimize(model, "heads.gate", target="reference")
     with torch.no_grad():
         torch.testing.assert_close(model(X), out)
+    rewriter.optimize(model, "heads.gate", "sparse.window(window=9)")
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), out)
     rewriter.optimize(model, "fuse")
     assert GATE not in dict(model.named_parameters())
+
+
+def test_what_new_passes_do_not_ask_for_goes_with_their_first_call() -> None:
+    model = rewriter.optimize(Model(), "heads.gate", "sinks.learned", inputs=X)
+    with torch.no_grad():
+        model.get_parameter(GATE).fill_(-100.0)
+        rewriter.optimize(model, "heads.gate")(X)
+    assert [n for n, _ in model.named_parameters() if n.startswith("rewriter.")] == [
+        "rewriter.layers.0.gate.weight",
+        GATE,
+    ]
+    assert bool((model.get_parameter(GATE) == -100.0).all())
+
+
+def test_a_call_that_fails_takes_only_what_it_made() -> None:
+    model, out = gated()
+    rewriter.optimize(model, "heads.gate", target="triton")
+    with torch.no_grad(), pytest.raises(LoweringError, match="need a GPU"):
+        model(X)
+    rewriter.optimize(model, "heads.gate")
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), out)
+    fresh = rewriter.optimize(Model(), "heads.gate", target="triton")
+    with pytest.raises(LoweringError, match="need a GPU"):
+        fresh(X)
+    assert [n for n, _ in fresh.named_parameters() if n.startswith("rewriter.")] == []
+
+
+def test_restore_forgets_what_was_given_and_lost() -> None:
+    model = rewriter.optimize(Model(), "heads.moh(active=0.5)").train()
+    rewriter.give(model, labels=torch.ones(1, 5, dtype=torch.int64))
+    model(X)
+    assert rewriter.auxiliary_loss(model).requires_grad
+    rewriter.restore(model)
+    assert float(rewriter.auxiliary_loss(model)) == 0.0
+    assert given_to(model).labels is None
+
+
+def test_what_a_user_compiled_comes_back() -> None:
+    model = Model()
+    model.compile(backend="eager")
+    own = model._compiled_call_impl
+    rewriter.inspect(model, X)
+    assert model._compiled_call_impl is own
+    rewriter.optimize(model, inputs=X)
+    rewriter.optimize(model, "heads.gate", inputs=X)
+    rewriter.inspect(model, X, "fuse")
+    assert model._compiled_call_impl not in (own, None)
+    assert rewriter.restore(model)._compiled_call_impl is own
+
+
+def test_a_run_that_only_looks_leaves_the_statistics_of_a_norm() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(5), Model()).train()
+    rewriter.inspect(model, X)
+    rewriter.optimize(model, inputs=X)
+    rewriter.inspect(model, X)
+    assert int(model[0].num_batches_tracked) == 0
+    model(X)
+    assert int(model[0].num_batches_tracked) == 1
+
+
+def test_an_optimized_model_is_inspected_with_other_passes() -> None:
+    model, out = gated()
+    report = rewriter.inspect(model, X, "sparse.window(window=2)")
+    assert [s.passes for s in report.sites] == [("sparse.window(window=2)",)]
+    assert [s.passes for s in rewriter.inspect(model).sites] == [("heads.gate",)]
+    with torch.no_grad():
+        assert torch.equal(model(X), out)
+
+
+@dataclass
+class Plain:
+    loss: Tensor
+    out: Tensor
+
+
+class Named(NamedTuple):
+    loss: Tensor
+    out: Tensor
+
+
+@pytest.mark.parametrize("kind", [dict, Plain, Named])
+def test_a_loss_is_added_to_in_any_kind_of_output(kind: Any) -> None:
+    class Trained(Model):
+        def forward(self, x: Tensor) -> Any:
+            out = super().forward(x)
+            return kind(loss=out.square().mean(), out=out)
+
+    model = rewriter.optimize(Trained(), "heads.moh(active=0.5)").train()
+    found = model(X)
+    loss = found["loss"] if kind is dict else found.loss
+    out = found["out"] if kind is dict else found.out
+    extra = rewriter.auxiliary_loss(model)
+    assert float(extra.detach()) > 0
+    torch.testing.assert_close(loss, out.square().mean() + extra)
 
 
 def test_inspect_of_a_plain_model_leaves_what_its_name_holds() -> None:
@@ -117,6 +217,14 @@ def test_a_graph_that_cannot_be_captured_is_refused_once_a_pass_changes_the_func
 
 def test_a_pass_that_every_site_declines_is_a_warning() -> None:
     model = rewriter.optimize(Model(), "heads.scale(heads=[7], by=0)")
-    with pytest.warns(NotAppliedWarning, match="applied nowhere.*this site has 2 heads"):
+    with pytest.warns(NotAppliedWarning, match="applied nowhere, and.*this site has 2 heads"):
         model(X)
-    model(X)
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        model(X)
+    assert again == []
+    rewriter.optimize(model, "heads.scale(heads=[7], by=0)", "heads.scale(heads=[0], by=0)")
+    with pytest.warns(NotAppliedWarning, match=r"applied nowhere: layers\.0.*has 2 heads"):
+        model(X)
+    with pytest.warns(NotAppliedWarning, match="no attention was found"):
+        rewriter.optimize(nn.Linear(8, 8), "heads.gate")(X)

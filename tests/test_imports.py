@@ -63,6 +63,7 @@ DRAWING = {
     # running specs
     "kernels": "beside families reference",
     "beside": "",
+    "isolation": "",
     "lowering": "kernels",
     "op": "lowering",
     # the front
@@ -71,7 +72,7 @@ DRAWING = {
     "decide": "capture check check_output lift op passbase report taps",
     "assemble": "decide insert",
     "watch": "assemble",
-    "optimize": "registry watch",
+    "optimize": "isolation registry watch",
     "giving": "optimize",
     "hub": "errors",
     "plan": "registry",

@@ -11,15 +11,18 @@ import pytest
 import sympy
 import torch
 from sympy import And, Ne, Symbol, tanh
+from sympy.logic.boolalg import Boolean
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rewriter import symbols
 from rewriter.errors import InputError, LoweringError, ShapeError
-from rewriter.lowering import LOWERINGS, Shapes, check_target, choose, explain
+from rewriter.lowering import LOWERINGS, Shapes, at_lengths, check_target, choose, explain
 from rewriter.op import attention
 from rewriter.reference import reference
 from rewriter.spec import SoftmaxSpec, TensorArg
-from rewriter.symbols import Read, b, h, k, q, s
+from rewriter.stages import Route
+from rewriter.symbols import L, M, Read, b, h, k, q, s
 
 SHAPES = Shapes("cpu", torch.float32, 2, 4, 2, 6, 6, 8, 8, grad=False)
 PLAIN = SoftmaxSpec(scale=sympy.S.Half)
@@ -96,11 +99,58 @@ def test_an_unknown_target_is_refused_with_the_list_of_targets() -> None:
     with pytest.raises(InputError) as caught:
         check_target("tpu")
     assert str(caught.value) == (
-        "there is no target 'tpu'; one of auto, torch, triton, torch.sdpa, "
-        "torch.compact, torch.blocked, torch.routed, torch.linear, reference"
+        "there is no target 'tpu'; one of auto, torch, triton, torch.compact, "
+        "torch.sdpa, torch.blocked, torch.routed, torch.linear, reference"
     )
     for target in ("auto", "torch", *(x.name for x in LOWERINGS)):
         check_target(target)
+
+
+PAST = symbols.size_symbol("past")
+PAD = Ne(Read(Symbol("pad"), b, k), 0)
+
+
+def routed(mask: Boolean, topk: int, position: sympy.Expr = q + M - L) -> SoftmaxSpec:
+    """At 8 keys, two blocks of 4 are all of them."""
+    return SoftmaxSpec(
+        mask=mask,
+        tensors=(TensorArg("pad", "bool", 2),) if mask.has(Read) else (),
+        sizes=("past",) if mask.has(PAST) else (),
+        route=Route("query", topk, 4, position),
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "q_len", "is_dropped"),
+    [
+        (routed(k <= q + M - L, 2), 8, True),
+        (routed(k <= q + M - L, 2), 3, True),
+        (routed(And(k <= q, PAD), 2, q), 8, True),
+        (routed(k <= q + PAST, 2, q + PAST), 8, True),
+        (routed(k < q + M - L, 2), 8, True),
+        (routed(sympy.true, 2), 1, True),
+        (routed(k <= q + M - L, 1), 8, False),
+        (routed(sympy.true, 2), 8, False),
+        (routed(k <= q + M - L + 1, 2), 8, False),
+        (routed(k < 8, 2), 8, False),
+        (routed(k <= 2 * q, 2, q), 8, False),
+        (routed(k <= q, 2, 7 - q), 8, False),
+        (routed((k <= q) | (k < 7), 2), 8, False),
+        (routed(And(k <= q + PAST, PAD), 2, q), 8, False),
+    ],
+    ids=str,
+)
+def test_a_route_is_dropped_only_where_later_blocks_are_hidden_anyway(
+    spec: SoftmaxSpec, q_len: int, is_dropped: bool
+) -> None:
+    pad = torch.ones(2, 8, dtype=torch.bool)
+    pad[1, :2] = False
+    tensors, sizes = [pad] * len(spec.tensors), (2,) * len(spec.sizes)
+    torch.manual_seed(3)
+    x = [torch.randn(2, 2, n, 8) for n in (q_len, 8, 8)]
+    assert (at_lengths(spec, q_len, 8) != spec) is is_dropped
+    found = attention(*x, tensors, sizes, spec)
+    torch.testing.assert_close(found, reference(spec, *x, tensors, sizes))
 
 
 # --- the op ---------------------------------------------------------------------------------------
@@ -278,6 +328,29 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         attention(q_, k_, v_, reads()[:1], (), BIASED)
     with pytest.raises(LoweringError, match="3 query heads are not a multiple of 2 key heads"):
         attention(q_[:, :3], k_, v_, (), (), PLAIN)
+
+
+def test_queries_and_keys_have_one_dtype_and_values_may_have_another() -> None:
+    q_, k_, v_ = inputs()
+    with pytest.raises(ShapeError, match=r"q is torch\.float32 and k is torch\.float64;"):
+        attention(q_, k_.double(), v_, (), (), PLAIN)
+    assert attention(q_, k_, v_.double(), (), (), PLAIN).dtype == torch.float64
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_sizes_are_those_of_the_spec(grad: bool) -> None:
+    x = inputs(grad=grad)
+    with pytest.raises(ShapeError, match="the spec uses no sizes, got 2"):
+        attention(*x, (), (1, 2), PLAIN)
+    sized = replace(PLAIN, mask=k <= q + PAST, sizes=("past",))
+    with pytest.raises(ShapeError, match="the spec uses the sizes past, got 0"):
+        attention(*x, (), (), sized)
+
+
+def test_what_draws_dropout_keeps_to_its_target() -> None:
+    spec, seed = replace(CAPPED, dropout=0.5).to_json(), torch.tensor(3)
+    with pytest.raises(LoweringError, match=r"'torch\.sdpa' does not take"):
+        torch.ops.rewriter.attention_seeded(*inputs(), [], [], spec, "torch.sdpa", seed)
 
 
 def test_a_device_without_the_target_is_an_error_that_says_so() -> None:

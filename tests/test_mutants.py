@@ -10,13 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mutants import forms, gradients, lowerings, specs
+from mutants import executors, forms, gradients, lowerings, specs
 from mutants.catalogue import KINDS, Mutant, catalogue
 from mutants.seams import CONTROLS, caught_by, first, raised
 from mutants.toy import Toy, supports
 from rewriter.reference import reference
+from rewriter.testing.agreement import nan_memory
 from rewriter.testing.cases import BASES, Case, Dims
-from rewriter.testing.core import core_of
+from rewriter.testing.core import core_of, refusal, whole
+from rewriter.testing.families import FAMILIES, grid_of
 from rewriter.testing.operands import operands
 from rewriter.testing.outcome import Outcome
 
@@ -30,7 +32,7 @@ SOME = [
 
 
 def test_the_catalogue_has_every_kind_and_no_name_twice() -> None:
-    assert len(ALL) >= 200
+    assert len(ALL) >= 350
     assert {m.kind for m in ALL} == set(KINDS)
     assert len({m.name for m in ALL}) == len(ALL)
 
@@ -150,4 +152,31 @@ def test_a_wrong_lowering_is_another_function(mutant: Mutant) -> None:
         new = mutant.made.forward(case.spec, x.q, x.k, x.v, x.tensors, x.sizes)
         if new.dtype != want.dtype or differs(new, want) or differs(x.q, before):
             return
+    pytest.fail("it changes the result of no case")
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        m
+        for m in executors.MUTANTS
+        if m.kind == "lowering"
+        and isinstance(m.made, gradients.Patched)
+        and m.name != "routed: sums of a block that still grows kept"  # it needs a cache
+    ],
+    ids=lambda m: m.name,
+)
+def test_a_wrong_executor_is_another_function(mutant: Mutant) -> None:
+    long = Dims(batch=1, heads=8, kv_heads=4, q_len=520, kv_len=520)
+    found = [Case.of(name, Dims(q_len=n, kv_len=n)) for name in FAMILIES for n in (65, 300)]
+    found = [c for c in found if grid_of(c.spec) in (0, c.dims.q_len)]
+    for case in (*found, Case.of("gated padding", long)):
+        lowering, x = mutant.made.lowering, operands(case)
+        if refusal(lowering, case, grad=False) is None:
+            forward = whole(lowering.forward)
+            given = case.spec, x.q, x.k, x.v, x.tensors, x.sizes
+            with mutant.made.active(), nan_memory():
+                new = forward(*given)
+            if differs(new, forward(*given)):
+                return
     pytest.fail("it changes the result of no case")

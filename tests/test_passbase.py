@@ -11,6 +11,7 @@ import torch
 from rewriter import registry
 from rewriter import symbols as sym
 from rewriter.errors import Declined, PassError, SelectorError
+from rewriter.families import from_json
 from rewriter.passbase import (
     Pass,
     Selector,
@@ -295,7 +296,7 @@ def test_blend_computes_each_head_as_the_spec_it_belongs_to() -> None:
     want_new, want_old = reference(new, q, k, v, [slope]), reference(old, q, k, v, [pad])
     torch.testing.assert_close(out[:, [1, 2]], want_new[:, [1, 2]], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out[:, [0, 3]], want_old[:, [0, 3]], rtol=1e-12, atol=1e-12)
-    assert SoftmaxSpec.from_json(mixed.to_json()) == mixed
+    assert from_json(mixed.to_json()) == mixed
 
 
 def test_blend_of_all_heads_is_the_new_spec() -> None:

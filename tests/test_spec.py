@@ -181,7 +181,9 @@ def test_tensors_that_are_used_whole_count_as_used() -> None:
 
 def test_masses_read_back_as_the_symbols_of_the_groups() -> None:
     spec = SoftmaxSpec(edit=Edit(Integer(0), (1 - masses[0],)))
-    edit = SoftmaxSpec.from_json(spec.to_json()).edit
+    again = from_json(spec.to_json())
+    assert isinstance(again, SoftmaxSpec)
+    edit = again.edit
     assert edit is not None
     assert edit.factors[0].free_symbols == {masses[0]}
 

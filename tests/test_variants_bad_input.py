@@ -180,7 +180,7 @@ def prompted(model: Any) -> Any:
 
 def test_labels_that_do_not_fit_the_prompt_are_refused_by_the_call(decoder: Any) -> None:
     with torch.no_grad():
-        with pytest.raises(InputError, match="which tokens are an image is not known"):
+        with pytest.raises(InputError, match="labels of the tokens are not known"):
             prompted(decoder)
         for wrong in (labels(3, PROMPT), labels(1, PROMPT + 1), labels(2, PROMPT + 5)):
             with (

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import rewriter
+from rewriter.isolation import precise
 from rewriter.optimize import reinstalled, requests_of
 from rewriter.passbase import Pass
 from rewriter.reference import reference
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
-from rewriter.verify.isolation import precise
 from rewriter.watch import SiteCall, Watched
 from verify.small_models import Shape, Tower, batch
 

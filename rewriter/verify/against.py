@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from rewriter.capture import uncompiled
 from rewriter.errors import InputError, RewriterError
+from rewriter.isolation import kept_buffers, precise
 from rewriter.optimize import reinstalled
 from rewriter.passbase import Request
 from rewriter.verify.call import Call, Run, one_line
-from rewriter.verify.isolation import kept_buffers, plain_calls, precise
 from rewriter.verify.judge import same_structure
 from rewriter.watch import Watched
 
@@ -59,7 +60,7 @@ def original_runs(
     """
     gold, gold_dtype = _gold(original, call, dtype, notes)
     try:
-        with plain_calls(original):
+        with uncompiled(original):
             ref = call.run(original)
     except Exception as error:
         raise InputError(
@@ -84,7 +85,7 @@ def _gold(
             with precise(wide):
                 twin = copy.deepcopy(original)
                 twin = twin.double() if wide == torch.float64 else twin.float()
-                with plain_calls(twin):
+                with uncompiled(twin):
                     return call.run(twin, wide), wide
         except Exception as error:
             notes.append(f"the original does not run in {_name(wide)}: {one_line(error)}")
@@ -145,7 +146,7 @@ def reference_runs(
     definition = _Definition()
     described = "the original with the same passes"
     with (
-        plain_calls(original),
+        uncompiled(original),
         reinstalled(
             original, requests=requests, target="reference", only=only, watcher=definition
         ) as report,

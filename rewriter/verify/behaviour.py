@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rewriter.capture import uncompiled
 from rewriter.errors import InputError
+from rewriter.isolation import evaluating, is_compiled, seeded
 from rewriter.verify.call import Call, one_line
-from rewriter.verify.isolation import evaluating, is_compiled, plain_calls, seeded
 from rewriter.verify.leaves import copied, leaves_of
 from rewriter.verify.measures import Behaviour, Predictions, Probed, Vectors
 
@@ -58,7 +59,7 @@ def behaviour(
     """
     call = Call.of(inputs, seed, gradients=False)
     try:
-        with plain_calls(original):
+        with uncompiled(original):
             expected = _outputs(original, call)
     except Exception as error:
         raise InputError(

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rewriter.capture import uncompiled
 from rewriter.errors import InputError
 from rewriter.optimize import reinstalled, requests_of, target_of
 from rewriter.verify.call import Call
 from rewriter.verify.diagnosis import At, diagnosis
 from rewriter.verify.growing import Stage
-from rewriter.verify.isolation import plain_calls
 from rewriter.verify.judge import Judge
 from rewriter.verify.reverting import Recorded, Reverter, failure, first_failing
 from rewriter.verify.yardstick import Yardstick
@@ -163,7 +163,7 @@ class _Search:
         return self._examined(names[count - 1], evidence, reason)
 
     def _without_site(self, reason: str) -> Culprit:
-        with plain_calls(self.model):
+        with uncompiled(self.model):
             plain = failure(self.model, self.call, self.yardstick.judge(()))
         if plain:
             why = "with nothing rewritten and nothing captured the model still differs: it has "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InputError
-from rewriter.verify.isolation import evaluating, seeded
+from rewriter.isolation import evaluating, seeded
 from rewriter.verify.leaves import Leaves, copied, leaves_of
 
 __all__ = ["Call", "Run", "coarsest_dtype", "one_line"]

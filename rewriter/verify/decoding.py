@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InputError
-from rewriter.verify.isolation import evaluating, precise, seeded
+from rewriter.isolation import evaluating, precise, seeded
 from rewriter.verify.leaves import copied, leaves_of
 
 __all__ = ["Gold", "OneCall", "Text", "padded_prompts", "recorded", "written"]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.capture import uncompiled
 from rewriter.errors import InputError, RewriterError
 from rewriter.verify.call import coarsest_dtype, one_line
 from rewriter.verify.compare import WITHOUT_GOLD, baseline_of, compare
 from rewriter.verify.continuations import GenerationReport, Parting, Step
 from rewriter.verify.decoding import Gold, OneCall, Text, padded_prompts, recorded, written
-from rewriter.verify.isolation import plain_calls
 from rewriter.verify.leaves import leaves_of
 from rewriter.verify.rows import Errors, VerifyRow
 
@@ -109,7 +109,7 @@ class _Pair:
         return cls(original, model, Gold(original, dtype), dtype, seed)
 
     def compared(self, name: str, arguments: dict[str, Any], count: int) -> GenerationReport:
-        with plain_calls(self.original):
+        with uncompiled(self.original):
             try:
                 with recorded(self.original) as calls:
                     ref = written(self.original, arguments, count, self.seed)

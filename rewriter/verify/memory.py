@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from rewriter.capture import uncompiled
+from rewriter.isolation import kept_buffers
 from rewriter.op import attention
 from rewriter.report import SiteReport
 from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.verify.call import Call
-from rewriter.verify.isolation import kept_buffers, plain_calls
 from rewriter.verify.rows import counted
 from rewriter.watch import SiteCall
 
@@ -183,7 +184,7 @@ def memory_of(original: nn.Module, model: nn.Module, call: Call, meter: SiteMete
     with kept_buffers(model):
         bare.run(model)  # without gradients it may be another graph, which is captured now
         new = peak_of(lambda: bare.run(model), device).peak
-    with plain_calls(original), kept_buffers(original):
+    with uncompiled(original), kept_buffers(original):
         old = peak_of(lambda: bare.run(original), device).peak
     return MemoryUse(old, new, tuple(meter.sites))
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InputError, LoweringError
+from rewriter.isolation import precise, seeded
 from rewriter.report import SiteReport
 from rewriter.verify.call import Call, one_line
-from rewriter.verify.isolation import precise, seeded
 from rewriter.verify.judge import Judge
 from rewriter.verify.sites import detached
 from rewriter.verify.stages import Operands, unmasked_rows

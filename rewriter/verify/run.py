@@ -9,12 +9,12 @@ from torch import nn
 
 from rewriter.additions import lent
 from rewriter.errors import InputError, RewriterError
+from rewriter.isolation import is_compiled
 from rewriter.optimize import report_of, requests_of, target_of
 from rewriter.verify.against import original_runs, reference_runs
 from rewriter.verify.call import Call, Run, coarsest_dtype, one_line
 from rewriter.verify.environment import environment_of
 from rewriter.verify.generation import token_agreement
-from rewriter.verify.isolation import is_compiled
 from rewriter.verify.judge import Judge
 from rewriter.verify.memory import SiteMeter, memory_of
 from rewriter.verify.report import VerifyReport

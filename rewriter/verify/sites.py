@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import RewriterError
+from rewriter.isolation import kept_buffers, precise, seeded
 from rewriter.optimize import reinstalled
 from rewriter.report import Report, SiteReport
 from rewriter.verify.call import Call, one_line
 from rewriter.verify.compare import WITHOUT_GOLD, baseline_of
-from rewriter.verify.isolation import kept_buffers, precise, seeded
 from rewriter.verify.judge import judged, weak_spots
 from rewriter.verify.rows import VerifyRow
 from rewriter.verify.structure import Structure
