@@ -223,10 +223,13 @@ def verify_command(
     from rewriter.verify import verify
 
     notes: list[str] = []
+    changed: list[str] = []
     if html is not None and (html.suffix != ".html" or not html.parent.is_dir()):
         raise InputError(f"--html {html}: give an .html file in a directory that exists")
     with _working(debug) as step:
-        original, _ = _open(directory, device, step)
+        original, first = _open(directory, device, step)
+        if first.passes:
+            notes.append(f"the plan of {directory} is left out: it is taken as the original model")
         model, plan = _open(other, device, step)
         if plan.passes:
             checkpoint.apply_plan(other, plan, model, _everywhere(plan.passes))
@@ -246,9 +249,10 @@ def verify_command(
             report.save(html)
         if plan.passes:
             changed = checkpoint.changed_sites(other, model)
-            notes = [f"computed by another formula than the plan records: {x}" for x in changed]
+            changed = [f"computed by another formula than the plan records: {x}" for x in changed]
     if report.ok or not as_json:
-        _emit(as_json, report.to_dict() | {"changed_sites": notes}, report, *notes)
+        found = report.to_dict() | {"changed_sites": changed, "command_notes": notes}
+        _emit(as_json, found, report, *notes, *changed)
     report.raise_if_failed()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rewriter.additions import Gift, given_to
 from rewriter.errors import InputError
+from rewriter.isolation import kept_buffers
 from rewriter.optimize import call_arguments, reinstalled, report_of, requests_of
 from rewriter.watch import Watched
 
@@ -155,7 +156,11 @@ def head_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     args, kwargs = call_arguments(inputs)
     requests = [r for r in requests_of(model) if r.action.stage != "patch"]
-    with torch.no_grad(), reinstalled(model, requests=requests, watcher=watcher):
+    with (
+        torch.no_grad(),
+        kept_buffers(model),
+        reinstalled(model, requests=requests, watcher=watcher),
+    ):
         model(*args, **kwargs)
     if not found:
         raise InputError("no attention of the model was understood, so there are no head outputs")
