@@ -58,7 +58,7 @@ class MoBA(Pass):
     name = "sparse.moba"
     contract = "limit"
     stage = "route"
-    identity = "sparse.moba(block=4, topk=1000000)"
+    identity = "sparse.moba(block=4, topk=1000000, dense_below=0)"
     patterns = ("causal self",)
     laws = ("future", "decode", "batch", "heads", "row sums", "values", "shift")
     examples = (

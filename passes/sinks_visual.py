@@ -93,7 +93,7 @@ class RedistributeVisual(Pass):
     name = "sinks.var"
     contract = "limit"
     stage = "edit"
-    identity = "sinks.var(dims=[0], keep_fraction=1, first_layer=0, last_layer=True)"
+    identity = "sinks.var(dims=[0], keep_fraction=1, tau=0.1, first_layer=0, last_layer=True)"
     patterns = ("causal self",)
     laws = ("future", "values")
     examples = (

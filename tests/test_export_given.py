@@ -77,7 +77,7 @@ def test_the_file_agrees_with_the_model_that_is_given_other_values(exported: Any
 
 def test_a_model_that_needs_labels_and_has_none_is_refused(tmp_path: Path) -> None:
     model = rewriter.optimize(CASE.build("eager", n_layer=1), VAR)
-    with pytest.raises(InputError, match=r"give them first: rewriter\.give\(model, labels=\.\.\.\)"):
+    with pytest.raises(InputError, match=r"give them first: rewriter\.give\(model, labels="):
         export_onnx(model, CASE.inputs(length=9), tmp_path / "model.onnx")
     with (
         rewriter.give(model, labels=labels_of(3, 9)),

@@ -55,6 +55,7 @@ def catalogue() -> tuple[Mutant, ...]:
     """All mutants, in the order of their kinds."""
     from mutants import (
         decoders,
+        executors,
         forms,
         gradients,
         graphs,
@@ -66,6 +67,6 @@ def catalogue() -> tuple[Mutant, ...]:
         specs,
     )
 
-    modules: tuple[Any, ...] = (specs, passes, lowerings, gradients, lifts, graphs, round_trips)
-    modules += (forms, decoders, memories)
+    modules: tuple[Any, ...] = (specs, passes, lowerings, executors, gradients, lifts, graphs)
+    modules += (round_trips, forms, decoders, memories)
     return tuple(m for module in modules for m in module.MUTANTS)

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sympy import Float
+import sympy
+import torch
+from sympy import Float, Integer
+from torch import Tensor
 
 from mutants.catalogue import Mutant
 from mutants.lifts import Broken
@@ -14,16 +17,36 @@ from rewriter import passbase
 from rewriter import symbols as sym
 from rewriter.errors import Declined
 from rewriter.passbase import Pass, head_condition
+from rewriter.passes import moh
 from rewriter.passes.heads import HeadScale
+from rewriter.passes.linear import FeatureMaps, Lightning, WindowTail
+from rewriter.passes.moh import MixtureOfHeads
+from rewriter.passes.routed import BiFormer, MoBA
+from rewriter.passes.sinks import LearnedSinks, RedirectSinks, RemoveSinks
+from rewriter.passes.sinks_visual import RedistributeVisual
 from rewriter.passes.sparse import SlidingWindow, query_position
 from rewriter.selectors import Selector
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec
+from rewriter.stages import Route
 from rewriter.symbols import k
 
-__all__ = ["MUTANTS"]
+__all__ = ["MUTANTS", "MUTATED"]
 
 MUTANTS: list[Mutant] = []
+MUTATED: tuple[type[Pass], ...] = (
+    Lightning,
+    FeatureMaps,
+    WindowTail,
+    MoBA,
+    BiFormer,
+    RemoveSinks,
+    RedirectSinks,
+    LearnedSinks,
+    RedistributeVisual,
+    MixtureOfHeads,
+)
+"""Passes of which there are wrong ones here, besides the window and the scale of heads."""
 
 _matches, _blend, _to_dict = Selector.matches, passbase.blend, SoftmaxSpec.to_dict
 
@@ -187,18 +210,249 @@ def gate_replaced(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
     return scaled(self, site, replace(spec, heads=Float(1.0)).without_unused(), self.heads, self.by)
 
 
-# --- what applies a pass --------------------------------------------------------------------------
+# --- linear attention -----------------------------------------------------------------------------
 
 
-def around(owner: Any, attribute: str, name: str, expected: str, breaks: str = "") -> Any:
-    """The window as it is, applied by something broken."""
+def changing(kind: type[Pass], name: str, expected: str, breaks: str = "") -> Any:
+    """A class that changes what the `rewrite` of a pass gives."""
+
+    def add(change: Callable[[Any, Site, SoftmaxSpec, Any], Any]) -> Any:
+        def rewrite(self: Any, site: Site, spec: SoftmaxSpec) -> Any:
+            return change(self, site, spec, kind.rewrite(self, site, spec))
+
+        rewrite.__name__ = change.__name__
+        instead_of(kind, name, expected, breaks)(rewrite)
+        return change
+
+    return add
+
+
+def at(new: Any, where: Callable[[Any], Any]) -> Any:
+    """A linear spec whose queries stand elsewhere."""
+    return new if new.position is None else replace(new, position=where(new.position))
+
+
+def from_start(position: Any) -> Any:
+    return position.xreplace({sym.M: sym.L})
+
+
+@changing(Lightning, "lightning: the cache ignored", "law: decode", "q for q + M - L")
+def lightning_from_start(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return at(new, from_start)
+
+
+@changing(Lightning, "lightning: the own key not in the state", "law: past", "read, then updated")
+def lightning_late(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return at(new, lambda position: position - 1)
+
+
+@changing(
+    Lightning, "lightning: a sum over all keys", "law: future", "the state after the last one"
+)
+def lightning_open(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, position=None, decay=Integer(0)).without_unused()
+
+
+@changing(FeatureMaps, "features: the cache ignored", "law: decode")
+def features_from_start(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return at(new, from_start)
+
+
+@changing(FeatureMaps, "features: a sum over all keys", "law: future")
+def features_open(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, position=None).without_unused()
+
+
+@changing(FeatureMaps, "features: the own key left out", "law: past")
+def features_late(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return at(new, lambda position: position - 1)
+
+
+@changing(WindowTail, "window tail: padding takes part", "identity")
+def tail_of_padding(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, seen=sympy.true).without_unused()
+
+
+@changing(WindowTail, "window tail: near scores without their scale", "identity")
+def tail_unscaled(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, near=replace(new.near, scale=Integer(1)))
+
+
+@changing(WindowTail, "window tail: near scores without bias and cap", "identity")
+def tail_without_bias(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, near=replace(new.near, score=sym.s)).without_unused()
+
+
+# --- chosen blocks --------------------------------------------------------------------------------
+
+
+@changing(MoBA, "moba: the cache ignored", "law: decode", "block 0 is the own one of each step")
+def moba_from_start(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, route=replace(new.route, position=from_start(new.route.position)))
+
+
+@instead_of(MoBA, "moba on a site that is not causal", "declines", "no block comes before")
+def moba_noncausal(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+    return MoBA.rewrite(self, replace(site, q_len=1), spec)
+
+
+@changing(MoBA, "moba: blocks instead of the mask", "law: future", "the own block is seen whole")
+def moba_unmasked(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, mask=sympy.true).without_unused()
+
+
+@changing(BiFormer, "biformer: regions instead of the mask", "identity", "padding is seen")
+def biformer_unmasked(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, mask=sympy.true).without_unused()
+
+
+@changing(BiFormer, "biformer: four regions, whatever was asked for", "identity")
+def biformer_of_four(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, route=replace(new.route, regions=2))
+
+
+@instead_of(BiFormer, "biformer on a causal site", "declines", "a region sees later tokens")
+def biformer_causal(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+    self_only(site)
+    if site.q_len != site.kv_len:
+        raise Declined("other keys than queries")
+    grid, extra = self._grid(site)
+    route = Route("region", self.topk, grid=grid, regions=self.regions, extra=extra)
+    return replace(spec, route=route)
+
+
+# --- sinks ----------------------------------------------------------------------------------------
+
+
+def later(new: Any) -> Any:
+    """An edited spec whose groups begin one key later."""
+    if new.edit is None:
+        return new
+    group = new.edit.group.xreplace({k: sym.Maximum(k - 1, 0)})
+    return replace(new, edit=replace(new.edit, group=group))
+
+
+def factors(new: Any, change: Callable[..., tuple[Any, ...]]) -> Any:
+    """An edited spec with other factors."""
+    if new.edit is None:
+        return new
+    return replace(new, edit=replace(new.edit, factors=change(*new.edit.factors)))
+
+
+@changing(RemoveSinks, "remove: the group one key late", "meaning", "k <= first")
+def remove_late(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return later(new)
+
+
+@changing(RemoveSinks, "remove: the rest not divided", "meaning")
+def remove_undivided(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return factors(new, lambda others, chosen: (Integer(1), chosen))
+
+
+@changing(RemoveSinks, "remove: a row of sinks alone gives 0", "meaning", "as a mask does")
+def remove_everything(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return factors(new, lambda others, chosen: (others, Integer(0)))
+
+
+@changing(RedirectSinks, "redirect: the group one key late", "meaning")
+def redirect_late(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return later(new)
+
+
+@instead_of(RedirectSinks, "redirect: the fraction taken, not the one kept", "identity")
+def redirect_taken(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+    other = replace(self, keep_fraction=1 - self.keep_fraction)
+    return RedirectSinks.rewrite(other, site, spec)
+
+
+@changing(
+    RedirectSinks, "redirect: not in proportion to the mass", "law: row sums", "a / m left out"
+)
+def redirect_undivided(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return factors(new, lambda taker, *rest: (1 + sym.masses[1], *rest))
+
+
+@instead_of(LearnedSinks, "learned: the model's sink replaced", "identity")
+def learned_instead(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+    return LearnedSinks.rewrite(self, site, replace(spec, sink=None).without_unused())
+
+
+@instead_of(LearnedSinks, "learned: the model's sink kept twice", "identity", "and none is new")
+def learned_twice(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+    if spec.sink is None:
+        return LearnedSinks.rewrite(self, site, spec)
+    return replace(spec, sink=spec.sink + sympy.log(2))
+
+
+@changing(LearnedSinks, "learned: a logit with the wrong sign", "identity", "exp(-sink)")
+def learned_negated(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, sink=-new.sink)
+
+
+@changing(RedistributeVisual, "var: an image that earlier rows see", "law: future")
+def var_unmasked(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return new if new.edit is None else replace(new, mask=new.mask | (new.edit.group >= 2))
+
+
+@instead_of(RedistributeVisual, "var on a site that is not causal", "declines")
+def var_noncausal(self: Any, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:
+    return RedistributeVisual.rewrite(self, replace(site, q_len=1), spec)
+
+
+# --- mixture of heads -----------------------------------------------------------------------------
+
+
+@changing(MixtureOfHeads, "moh: an earlier gate replaced", "identity")
+def moh_alone(self: Any, site: Site, spec: SoftmaxSpec, new: Any) -> Any:
+    return replace(new, heads=new.heads / spec.heads).without_unused()
+
+
+# --- what a pass is made of -----------------------------------------------------------------------
+
+
+def around(
+    owner: Any,
+    attribute: str,
+    name: str,
+    expected: str,
+    breaks: str = "",
+    kind: type[Pass] = SlidingWindow,
+) -> Any:
+    """The pass as it is, made or applied by something broken."""
 
     def add(function: Callable[..., Any]) -> Any:
-        made = SlidingWindow, Broken(((owner, attribute, function),))
+        made = kind, Broken(((owner, attribute, function),))
         MUTANTS.append(Mutant(name, "pass", breaks, expected, made))
         return function
 
     return add
+
+
+_linear_gate, _placed = moh.linear_gate, moh._placed
+
+
+@around(
+    moh, "linear_gate", "moh: the gates of the paper", "identity", "a1 g and a2 r", MixtureOfHeads
+)
+def moh_of_paper(x: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+    return _linear_gate(x, *weights, **{**options, "mode": "paper"})
+
+
+@around(moh, "_placed", "moh: a shared head gated", "identity", "by the best other", MixtureOfHeads)
+def moh_shared_gated(parts: list[Tensor], shared: Any, others: Any) -> Tensor:
+    if not (shared and others):
+        return _placed(parts, shared, others)
+    best = torch.sigmoid(parts[1].amax(-1, keepdim=True))
+    return _placed([parts[0] * best, parts[1]], shared, others)
+
+
+@around(moh, "_softmax", "moh: a softmax over tokens", "identity", kind=MixtureOfHeads)
+def moh_over_tokens(logits: Tensor, times: int, kept: Tensor | None = None) -> Tensor:
+    found = torch.softmax(logits, dim=1) if kept is None else torch.softmax(logits, 1) * kept
+    return found * times
+
+
+# --- what applies a pass --------------------------------------------------------------------------
 
 
 @around(Selector, "matches", "a request for one layer changes every layer", "selected layers")

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mutants import decoders, forms, gradients, graphs, lifts, memories, round_trips
+from mutants import decoders, executors, forms, gradients, graphs, lifts, memories, round_trips
 from mutants.catalogue import Kind, Mutant
 from mutants.lowerings import HONEST as HONEST_TOY
-from rewriter.lowering import BLOCKED, Lowering
+from mutants.passes import MUTATED
+from rewriter.lowering import BLOCKED, COMPACT, LINEAR, ROUTED, Lowering
 from rewriter.op import attention
 from rewriter.optimize import optimize
 from rewriter.passbase import PATTERNS, Pass
@@ -134,6 +135,10 @@ def _of_functions(rows: Iterable[Outcome]) -> Iterator[Outcome]:
 
 
 def _lowering(made: Any) -> Iterator[Outcome]:
+    if isinstance(made, executors.OfPass):
+        with made.broken.active():
+            yield from pass_rows(Subject.of(made.kind))
+        return
     active = made.active() if isinstance(made, gradients.Patched) else nullcontext(made)
     with active as lowering:
         yield from lowering_rows(lowering, plan("call"))
@@ -291,12 +296,17 @@ def _lowered(lowering: Lowering) -> Callable[[], Iterator[Outcome]]:
     return lambda: _lowering(lowering)
 
 
+def _passed(kind: type[Pass]) -> Callable[[], Iterator[Outcome]]:
+    return lambda: _pass(kind)
+
+
 CONTROLS: dict[str, tuple[Kind, Callable[[], Iterator[Outcome]]]] = {
     "the spec as it is": ("spec", lambda: _spec(lambda spec: spec)),
     "the window": ("pass", lambda: _pass(SlidingWindow)),
     "the scale of heads": ("pass", lambda: _pass(HeadScale)),
+    **{kind.name: ("pass", _passed(kind)) for kind in MUTATED},
     "the honest lowering": ("lowering", _lowered(HONEST_TOY)),
-    "torch.blocked": ("lowering", _lowered(BLOCKED)),
+    **{one.name: ("lowering", _lowered(one)) for one in (BLOCKED, LINEAR, ROUTED, COMPACT)},
     "the honest backward": ("gradient", _lowered(gradients.HONEST)),
     "the rules as they are": ("lift", lambda: _lift(lifts.Broken(()))),
     "the graph as it is": ("graph", lambda: _graph(NOTHING)),
