@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,8 @@ def export_onnx(
     _check_dtypes(model)
     with inference(model):
         if requests_of(model) and not report_of(model).graphs:  # passes add parameters in a call
-            first = GivenCall(model, inputs)
-            with kept_buffers(model):
+            first = Call(model, inputs)
+            with kept_buffers(model), suppress(InputError):  # a cache may be nobody's, for example
                 first(first.tree.tensors)
         call, others = _calls(model, inputs, check_inputs or (), state, dynamic)
         example = widened(call) if dynamic else call.tree.tensors
