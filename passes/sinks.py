@@ -6,6 +6,7 @@ StreamingLLM, which keep their weight, are in `sparse`; VAR is in `sinks_visual`
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -13,9 +14,10 @@ import sympy
 import torch
 from sympy import Expr, Float, Integer, Symbol
 from sympy.logic.boolalg import Boolean
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter import symbols as sym
-from rewriter.errors import Declined, PassError
+from rewriter.errors import Declined, NotAppliedWarning, PassError
 from rewriter.passbase import PATTERNS, Pass, option
 from rewriter.passes.sparse import hides_padding_alone
 from rewriter.spec import SoftmaxSpec, TensorArg, fresh_name
@@ -75,16 +77,24 @@ def _divides_share_out(edit: Edit) -> bool:
     return False
 
 
-def with_labels(spec: SoftmaxSpec) -> tuple[SoftmaxSpec, Expr]:
+def with_labels(spec: SoftmaxSpec, named: tuple[int, ...]) -> tuple[SoftmaxSpec, Expr]:
     """The spec with a tensor of the user's labels, and the label of key k. Generated keys have 0:
-    labels belong to the prompt and are kept beside the KV cache."""
+    labels belong to the prompt and are kept beside the KV cache. If no token has one of `named`,
+    that is a warning."""
     name = fresh_name(spec, "labels")
-    source = Source(_as_given, taps=("labels",), later=0)
+    source = Source(_as_given, taps=("labels",), options=(("named", named),), later=0)
     tensors = (*spec.tensors, TensorArg(name, "int64", 2, source))
     return replace(spec, tensors=tensors), cast(Expr, Read(Symbol(name), sym.b, sym.k))
 
 
-def _as_given(labels: Tensor) -> Tensor:
+def _as_given(labels: Tensor, *, named: tuple[int, ...]) -> Tensor:
+    if not isinstance(labels, FakeTensor):  # of an exported graph, which has no values yet
+        held = {int(x) for x in labels.flatten().tolist()}
+        missing = sorted({*named} - held)
+        if missing:
+            found = ", ".join(map(str, sorted(held)))
+            message = f"no token has label {missing[0]}; the labels given are {found}"
+            warnings.warn(message, NotAppliedWarning, stacklevel=2)
     return labels.to(torch.int64)
 
 
@@ -110,17 +120,18 @@ class _OfGroup(Pass):
     def _group(self, spec: SoftmaxSpec, to: int | None = None) -> tuple[SoftmaxSpec, Expr]:
         """The spec with the labels, if they are read, and the group of key k: 1 for the chosen
         keys, 2 for other keys with the label `to`, else 0."""
-        spec, chosen, label = self._members(spec, labelled=to is not None)
+        spec, chosen, label = self._members(spec, to)
         others = Integer(0) if to is None else where(sympy.Eq(label, to), Integer(2), 0)
         return spec, where(chosen, Integer(1), others)
 
     def _members(
-        self, spec: SoftmaxSpec, *, labelled: bool = False
+        self, spec: SoftmaxSpec, to: int | None = None
     ) -> tuple[SoftmaxSpec, Boolean, Expr]:
         """The spec with the labels, if they are read; whether key k is chosen; its label."""
         label: Expr = Integer(0)
-        if self.label is not None or labelled:
-            spec, label = with_labels(spec)
+        if self.label is not None or to is not None:
+            named = (self.label, to)
+            spec, label = with_labels(spec, tuple(x for x in named if x is not None))
         chosen = sym.k < self.first if self.first is not None else sympy.Eq(label, self.label)
         return spec, cast(Boolean, chosen), label
 
@@ -183,13 +194,13 @@ class RedirectSinks(_OfGroup):
     laws = (*_KEPT, "row sums")
     examples = ("sinks.redirect(first=1)", "sinks.redirect(first=2, keep_fraction=0.5)")
     to: int | None = option(
-        "label of the keys that get it; None: all others", default=None, at_least=0
+        "label of the keys that get it; None: all others", default=None, at_least=1
     )
     keep_fraction: float = option("what the group keeps", default=0.0, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.to is not None and self.to in (self.label, 0):
+        if self.to is not None and self.to == self.label:
             raise PassError(f"{self.name}: to={self.to} is not another group; name another label")
 
     def rewrite(self, site: Site, spec: SoftmaxSpec) -> SoftmaxSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rewriter import symbols as sym
-from rewriter.errors import Declined, PassError
+from rewriter.errors import Declined, NotAppliedWarning, PassError
 from rewriter.op import attention
 from rewriter.passbase import Pass
 from rewriter.passes.sinks import LearnedSinks, RedirectSinks, RemoveSinks, massive_dimensions
@@ -145,6 +146,19 @@ def test_a_group_is_named_in_one_way() -> None:
         RedirectSinks(first=1, label=1)
     with pytest.raises(PassError, match="to=1 is not another group"):
         RedirectSinks(label=1, to=1)
+    with pytest.raises(PassError, match="to"):
+        RedirectSinks(label=1, to=0)
+
+
+def test_a_group_that_nobody_has_is_a_warning() -> None:
+    spec = RedirectSinks(label=1, to=3).rewrite(SITE, SoftmaxSpec())
+    source = spec.tensors[-1].source
+    assert source is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source.compute(torch.tensor([[0, 1, 3]]), **dict(source.options))
+    with pytest.warns(NotAppliedWarning, match="no token has label 3; the labels given are 0, 1"):
+        source.compute(torch.tensor([[0, 1, 1]]), **dict(source.options))
 
 
 # --- learned sinks --------------------------------------------------------------------------------
