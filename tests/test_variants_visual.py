@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,3 +248,31 @@ def test_images_in_the_prompt_equal_the_card_in_a_forward_and_in_generated_text(
     assert torch.equal(found.sequences, text["input_ids"])
     for step, got in enumerate(found.logits):
         torch.testing.assert_close(got.double(), texts[step][:, -1], rtol=1e-4, atol=1e-4)
+
+
+def text_of_qwen2_vl() -> tuple[Any, dict[str, Tensor]]:
+    """The part that attends to text, which is given embeddings and positions with three axes."""
+    model, _ = qwen2_vl()
+    part: Any = model.model.language_model
+    given = {
+        "inputs_embeds": torch.randn(2, PROMPT, 32, generator=torch.Generator().manual_seed(2)),
+        "position_ids": torch.arange(PROMPT).expand(3, 2, -1).clone(),
+    }
+    return part, given | {"attention_mask": prompt()["attention_mask"]}
+
+
+def whole_llava() -> tuple[Any, dict[str, Tensor]]:
+    model, images = llava()
+    return model, prompt() | images
+
+
+@pytest.mark.parametrize("make", [whole_llava, text_of_qwen2_vl])
+def test_a_model_that_sees_images_is_exported_with_its_labels(make: Any, tmp_path: Path) -> None:
+    model, inputs = make()
+    rewriter.optimize(model, "sinks.var(dims=[0, 3], tau=1.5, min_mass=0.05, mode=released)")
+    with rewriter.give(model, labels=rewriter.label_spans([SPAN], length=PROMPT)):
+        report = rewriter.export_onnx(model, inputs | {"use_cache": False}, tmp_path / "model.onnx")
+    assert report.rewritten == 2
+    assert report.inputs["labels"][1] == "length"
+    assert len(report.checks) >= 2  # at other lengths too
+    assert all(check.error < 1e-4 for check in report.checks)
