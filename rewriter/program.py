@@ -147,14 +147,13 @@ def widened(call: Call) -> Sequence[Tensor]:
 
 
 def length_axis(name: str, x: Tensor) -> int:
-    """The axis of tokens, else 0: tokens [B, L], features [B, L, E], caches [B, H, L, D]."""
+    """The axis of tokens, else 0: tokens [B, L], features [B, L, E], caches [B, H, L, D], positions
+    of several axes [., B, L]."""
     if "." in name:
         return x.ndim - 2 if x.ndim > 2 else 0
-    return (
-        1
-        if (x.ndim == 2 and not x.is_floating_point()) or (x.ndim == 3 and x.is_floating_point())
-        else 0
-    )
+    if x.ndim == 2 and not x.is_floating_point():
+        return 1
+    return (1 if x.is_floating_point() else 2) if x.ndim == 3 else 0
 
 
 def program_of(call: Call, example: Sequence[Tensor], dynamic: bool) -> tuple[Any, tuple[str, ...]]:

@@ -16,6 +16,7 @@ import rewriter
 import zoo
 from rewriter.errors import InputError
 from rewriter.export import export_onnx
+from rewriter.program import length_axis
 
 LLAMA, GPT2 = zoo.architecture("llama"), zoo.architecture("gpt2")
 
@@ -153,3 +154,17 @@ def test_a_cache_beside_which_nothing_is_handed_on_is_refused(tmp_path: Path) ->
         pytest.raises(InputError, match=r"export with state=True, or inputs without a cache"),
     ):
         export_onnx(model, inputs_of(model, 9, 5), tmp_path / "model.onnx")
+
+
+def test_the_axis_of_tokens_is_known_by_shape_and_dtype() -> None:
+    """Positions of three axes are cut into pieces like tokens."""
+    shapes: list[tuple[str, tuple[int, ...], torch.dtype, int]] = [
+        ("input_ids", (2, 5), torch.int64, 1),
+        ("inputs_embeds", (2, 5, 8), torch.float32, 1),
+        ("position_ids", (3, 2, 5), torch.int64, 2),
+        ("past_key_values.0.key", (2, 4, 5, 8), torch.float32, 2),
+        ("pixel_values", (2, 3, 8, 8), torch.float32, 0),
+        ("scale", (2, 5), torch.float32, 0),
+    ]
+    for name, shape, dtype, axis in shapes:
+        assert length_axis(name, torch.zeros(shape, dtype=dtype)) == axis, name
