@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
-# Every implementation and every pass through the whole grid: about ten minutes.
+# Every implementation and every pass through the whole grid: about 35 minutes on one core.
 conformance: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m rewriter.testing
 

@@ -128,7 +128,9 @@ def export_onnx(
             stands in the place of cached keys and values. A model that numbers its tokens has to be
             told where they stand: by a cache of other sites, an attention mask, or positions among
             the inputs. Of attention that chooses blocks of cached keys by query, it is the sum of
-            the keys of each block (of no block before the first token).
+            the keys of each block (of no block before the first token). What passes decide of keys
+            by the labels of a prompt is `past_state.<site>.<tensor>`; `labels`, those of the whole
+            prompt, are an input of every call, and the prompt is the first one.
 
     Raises:
         InputError: if the path exists or cannot be written to, or inputs do not fit the model.

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["evaluating", "is_compiled", "kept_buffers", "precise", "seeded"]
+__all__ = ["COMPILED", "evaluating", "is_compiled", "kept_buffers", "precise", "seeded"]
+
+COMPILED = "_compiled_call_impl"
+"""Where a module has what `Module.compile` installed, which torch calls in its place."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,7 +32,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def is_compiled(module: nn.Module) -> bool:
     """True if this very module runs through `Module.compile`."""
-    return module.__dict__.get("_compiled_call_impl") is not None
+    return module.__dict__.get(COMPILED) is not None
 
 
 @contextlib.contextmanager

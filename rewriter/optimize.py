@@ -36,7 +36,7 @@ from rewriter.errors import (
     SelectorError,
 )
 from rewriter.find import softmaxes
-from rewriter.isolation import kept_buffers
+from rewriter.isolation import COMPILED, kept_buffers
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
 from rewriter.report import Report, SiteReport
@@ -56,9 +56,6 @@ __all__ = [
 
 DEFAULT = ("fuse",)
 
-
-CALL = "_compiled_call_impl"
-"""Where a module has what `Module.compile` installed, which torch calls in its place."""
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
 
@@ -156,7 +153,7 @@ def _install(model: nn.Module, state: State) -> None:
         return out
 
     known = _STATES.get(model)
-    state.replaced = model.__dict__.get(CALL) if known is None else known.replaced
+    state.replaced = model.__dict__.get(COMPILED) if known is None else known.replaced
     _STATES[model] = state
     model._compiled_call_impl = call
     model.__dict__["__deepcopy__"] = _Copier(alive)
@@ -251,9 +248,9 @@ def _uninstall(model: nn.Module) -> None:
     if state is None:
         return
     model.__dict__.pop("__deepcopy__", None)
-    model.__dict__.pop(CALL, None)
+    model.__dict__.pop(COMPILED, None)
     if state.replaced is not None:
-        model.__dict__[CALL] = state.replaced
+        model.__dict__[COMPILED] = state.replaced
 
 
 @contextmanager
@@ -277,7 +274,7 @@ def reinstalled(
     Yields:
         What gives the report of the temporary state.
     """
-    before = _STATES.get(model), model.__dict__.get(CALL)
+    before = _STATES.get(model), model.__dict__.get(COMPILED)
     state = State(
         requests_of(model) if requests is None else tuple(requests),
         target_of(model) if target is None else target,
@@ -292,7 +289,7 @@ def reinstalled(
         if before[0] is not None:
             _STATES[model] = before[0]
         if before[1] is not None:
-            model.__dict__[CALL] = before[1]
+            model.__dict__[COMPILED] = before[1]
             model.__dict__["__deepcopy__"] = _Copier(weakref.ref(model))
 
 

@@ -136,7 +136,7 @@ class Programs:
             memory = beside(full, past, (site, name), by_place=True)
             before = past is not None and past.numel() > 0
             if before:
-                known = memory.recall() if memory is not None else None
+                known = None if memory is None else memory.recall()
                 if known is None:
                     raise InputError(
                         f"{site}: what {name} says of the cached keys is not known: this cache was "

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.isolation import COMPILED
 from rewriter.optimize import requests_of
 from rewriter.passbase import Request
 from rewriter.verify.leaves import Leaves
 
-__all__ = ["COMPILED", "Trace", "different", "tells", "tensors_of", "unequal"]
-
-COMPILED = "_compiled_call_impl"
-"""Where torch keeps what runs in the place of a module's forward."""
+__all__ = ["Trace", "different", "tells", "tensors_of", "unequal"]
 
 
 def unequal(what: str, want: Leaves, found: Leaves) -> str:

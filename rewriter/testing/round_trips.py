@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rewriter.checkpoint import changed_sites, load, save
 from rewriter.errors import ExportError, InputError
 from rewriter.export import export_onnx
+from rewriter.isolation import COMPILED
 from rewriter.optimize import optimize, report_of, requests_of, restore, target_of
 from rewriter.optimize import restore as made_plain  # `restore` by its name is what is checked
 from rewriter.passbase import Pass, Request
@@ -29,7 +30,7 @@ from rewriter.program import Call as NamedCall
 from rewriter.program import inference
 from rewriter.registry import read_requests
 from rewriter.runtime import compare, run_file
-from rewriter.testing.bits import COMPILED, Trace, different, tells, tensors_of, unequal
+from rewriter.testing.bits import Trace, different, tells, tensors_of, unequal
 from rewriter.testing.outcome import Outcome, Outcomes, Verdict
 from rewriter.verify.call import Call
 from rewriter.verify.leaves import Leaves

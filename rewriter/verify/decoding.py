@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InputError
-from rewriter.isolation import evaluating, precise, seeded
+from rewriter.isolation import COMPILED, evaluating, precise, seeded
 from rewriter.verify.leaves import copied, leaves_of
 
 __all__ = ["Gold", "OneCall", "Text", "padded_prompts", "recorded", "written"]
@@ -64,20 +64,20 @@ def written(
 @contextlib.contextmanager
 def recorded(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
     """The keyword arguments of each call of `module`, filled in while the block runs."""
-    before = module.__dict__.get("_compiled_call_impl")
+    before = module.__dict__.get(COMPILED)
     calls: list[dict[str, Any]] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         calls.append({n: x for n, x in kwargs.items() if n not in _STATE[:2]})
         return (before or module._call_impl)(*args, **kwargs)
 
-    module.__dict__["_compiled_call_impl"] = call
+    module.__dict__[COMPILED] = call
     try:
         yield calls
     finally:
-        module.__dict__.pop("_compiled_call_impl")
+        module.__dict__.pop(COMPILED)
         if before is not None:
-            module.__dict__["_compiled_call_impl"] = before
+            module.__dict__[COMPILED] = before
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Gold:
 def _twin(original: nn.Module, dtype: torch.dtype) -> nn.Module:
     twin = copy.deepcopy(original)
     for module in twin.modules():
-        module.__dict__.pop("_compiled_call_impl", None)
+        module.__dict__.pop(COMPILED, None)
     return twin.to(dtype)
 
 
