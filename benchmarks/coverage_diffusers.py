@@ -11,10 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from coverage_shrink import small
 from coverage_table_diffusers import ARGUMENTS, INPUTS, LEFT_OUT
+from torch import Tensor, nn
 
 __all__ = ["LEFT_OUT", "build", "guesses", "names"]
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from coverage_shrink import VOCABULARY
+from torch import Tensor, nn
 
 __all__ = ["BATCH", "LENGTH", "PADDED", "guesses", "mask", "words"]
 
@@ -23,7 +22,7 @@ def guesses(model: nn.Module, generator: torch.Generator) -> Iterator[Inputs]:
     config: Any = model.config
     base: Inputs = {"use_cache": False} if "use_cache" in takes else {}
     main = getattr(model, "main_input_name", "input_ids")
-    texts = _texts(takes, generator)
+    texts = _texts(takes, config, generator)
     media = [*_towers(takes, config, generator), *_media(takes, config, generator)]
     if media and "input_ids" in takes:
         for more in media:
@@ -37,9 +36,11 @@ def guesses(model: nn.Module, generator: torch.Generator) -> Iterator[Inputs]:
     yield from (base | more for more in _states(takes, config, generator))
 
 
-def words(generator: torch.Generator, length: int = LENGTH) -> Tensor:
+def words(
+    generator: torch.Generator, length: int = LENGTH, vocabulary: int = VOCABULARY
+) -> Tensor:
     """Ids of tokens without a meaning of their own."""
-    return torch.randint(50, VOCABULARY, (BATCH, length), generator=generator)
+    return torch.randint(50, vocabulary, (BATCH, length), generator=generator)
 
 
 def mask(length: int = LENGTH, padded: int = PADDED) -> Tensor:
@@ -49,11 +50,17 @@ def mask(length: int = LENGTH, padded: int = PADDED) -> Tensor:
     return made
 
 
-def _texts(takes: Mapping[str, Any], generator: torch.Generator) -> Inputs:
+def _texts(takes: Mapping[str, Any], config: Any, generator: torch.Generator) -> Inputs:
     found: Inputs = {}
+    text = getattr(config, "text_config", None) or config
+    known = getattr(text, "vocab_size", None)
+    known = known if isinstance(known, int) and known > 50 else VOCABULARY
+    positions = getattr(text, "max_position_embeddings", None)
     for prefix, length, padded in (("", LENGTH, PADDED), ("decoder_", LENGTH - 3, 5)):
         if f"{prefix}input_ids" in takes:
-            found[f"{prefix}input_ids"] = words(generator, length)
+            if isinstance(positions, int) and 8 < positions < length:
+                length = positions
+            found[f"{prefix}input_ids"] = words(generator, length, min(known, VOCABULARY))
             if f"{prefix}attention_mask" in takes:
                 found[f"{prefix}attention_mask"] = mask(length, padded)
     if "bbox" in takes and "input_ids" in found:
@@ -137,11 +144,13 @@ def _towers(
     if image and (name or hws):
         key = name or hws
         value = grid if name else grid[:, 1:]
-        for frames in (_field(vision, "temporal_patch_size", default=1), 1):
+        for frames in dict.fromkeys((_field(vision, "temporal_patch_size", default=1), 1, 2)):
             flat = torch.randn(total, channels * frames * patch**2, generator=generator)
             yield {image: flat, key: value}
             yield {image: flat.view(total, channels * frames, patch, patch), key: value}
             yield {image: flat[None], key: value}
+            if frames == 1:
+                yield {image: flat.view(1, total, channels, patch, patch), key: value}
     if "spatial_shapes" in takes and image:
         shapes = torch.tensor([[4, 4], [2, 6]])
         flat = torch.randn(BATCH, 16, channels * patch**2, generator=generator)
@@ -268,7 +277,7 @@ def _states(
     takes: Mapping[str, Any], config: Any, generator: torch.Generator
 ) -> Iterator[Inputs]:
     """Vectors instead of tokens."""
-    widths = [getattr(config, n, None) for n in ("hidden_size", "d_model", "dim", "embed_dim")]
+    widths = [getattr(config, n, None) for n in ("input_dim", "hidden_size", "d_model", "dim", "embed_dim")]
     width = next((x for x in widths if isinstance(x, int)), 64)
     hidden = torch.randn(BATCH, LENGTH, width, generator=generator)
     other = getattr(config, "encoder_hidden_size", None) or getattr(config, "cross_hidden_size", None)

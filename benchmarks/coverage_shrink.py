@@ -4,8 +4,10 @@ small it may be."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["VOCABULARY", "options_of", "small"]
@@ -14,9 +16,9 @@ VOCABULARY = 99
 WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2
 
 SIZES: tuple[tuple[str, int], ...] = (
-    (r"(max_|sub_|char_|text_)?vocab_size(_per_layer_input)?|entity_vocab_size", VOCABULARY),
-    (r"codebook_size|audio_vocab_size", 64),
-    (r"num_key_value_heads|num_kv_heads|n_head_kv|num_key_value_groups", 2),
+    (r"(max_|sub_|char_|text_|audio_)?vocab_size(_per_layer_input)?|entity_vocab_size", VOCABULARY),
+    (r"codebook_size", 64),
+    (r"(\w+_)?num_key_value_heads|num_kv_heads|n_head_kv|num_key_value_groups", 2),
     (r"\w*linear_num_key_heads|linear_num_value_heads", 2),
     (r"(\w+_)?num_(attention_)?heads|n_heads?|(en|de)coder_attention_heads", HEADS),
     (r"(\w+_)?(attn|attention)_heads|nheads|\w+_n_heads?|num_heads_\w+", HEADS),
@@ -60,7 +62,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"attention_chunk_size|index_block_size", 8),
     (r"image_size|input_size|img_size|input_resolution", 32),
     (r"spectrogram_length|max_length", 64),
-    (r"num_mel_bins|n_mels|num_mels|feature_size|input_feat_per_channel|spec_size", 16),
+    (r"num_mel_bins|n_mels|num_mels|input_feat_per_channel|spec_size", 16),
+    (r"feature_size", 16),
     (r"num_queries|num_query_tokens|num_latents|query_length", 8),
     (r"num_frames|frames_per_clip", 2),
     (r"num_groups", 4),
@@ -75,6 +78,7 @@ LISTS: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?(depths|num_blocks|layers|num_layers|depth)", 1),
     (r"(\w+_)?(num_(attention_)?heads)", 2),
     (r"(\w+_)?conv_dim", 32),
+    (r"decoder_in_channels", WIDTH),
     (r"image_size|input_size|img_size", 32),
 )
 WIDTHS = r"(\w+_)?(hidden_sizes|embed_dims?|widths|encoder_channels)"
@@ -84,6 +88,21 @@ NOT_DROPPED = re.compile(
 )
 TOKEN = re.compile(r"(\w+_)?token_(id|index)(_\w+)?")
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+NEEDED = {
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 48,
+    "vocab_size": VOCABULARY,
+    "head_dim": HEAD,
+    "num_key_value_heads": HEADS,
+    "prediction_length": 4,
+    "router_scaling_factor": 1.0,
+}
+"""Fields that some configurations leave open."""
+
 RESNET = {
     "model_type": "resnet",
     "embedding_size": 16,
@@ -125,6 +144,8 @@ def options_of(kind: type, given: Mapping[str, Any] | None = None) -> dict[str, 
             part = type(held)
         inner = given.get(name, {})
         if isinstance(inner, Mapping) and "model_type" not in inner:
+            if part.model_type == "timm_wrapper":
+                continue
             if "timm" in (part.model_type or ""):
                 given[name] = _backbone(getattr(default, name, None))
                 if "use_timm_backbone" in names:
@@ -132,7 +153,7 @@ def options_of(kind: type, given: Mapping[str, Any] | None = None) -> dict[str, 
                 continue
             made = options_of(part, {**_outputs(getattr(default, name, None)), **inner})
             given[name] = {**made, "model_type": part.model_type} if part.model_type else made
-    options = {**_related(options, names, default, given), **given}
+    options = {**_related(kind, options, names, default, given), **given}
     return options
 
 
@@ -145,33 +166,35 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _backbone(held: Any) -> dict[str, Any]:
-    stages = held.out_indices or (4,) if held is not None else (4,)
+    stages = getattr(held, "out_indices", None) or (4,)
     return {**RESNET, "out_features": [f"stage{i}" for i in range(5 - len(stages), 5)]}
 
 
 def _outputs(held: Any) -> dict[str, Any]:
     """The stages that a backbone gives, where its layers are fewer."""
     outputs = getattr(held, "_out_features", None)
+    flags = ("reshape_hidden_states", "apply_layernorm", "return_class_token")
+    kept = {n: getattr(held, n) for n in flags if isinstance(getattr(held, n, None), bool)}
     if not outputs or not isinstance(getattr(held, "num_hidden_layers", None), int):
         return {"out_features": outputs} if outputs else {}
     count = len(outputs)
     names = [f"{outputs[0].rstrip('0123456789')}{i + 1}" for i in range(count)]
-    return {"num_hidden_layers": max(count, LAYERS), "out_features": names}
+    return {"num_hidden_layers": max(count, LAYERS), "out_features": names, **kept}
 
 
 def _related(
-    options: dict[str, Any], names: set[str], default: Any, given: dict[str, Any]
+    kind: type, options: dict[str, Any], names: set[str], default: Any, given: dict[str, Any]
 ) -> dict[str, Any]:
     """The options, with those that depend on each other made consistent."""
     made = dict(options)
 
     def value(name: str) -> Any:
         held = given.get(name, made.get(name))
-        return getattr(default, name, None) if held is None else held
+        return _held(default, name) if held is None else held
 
     if "kv_lora_rank" in names and "num_key_value_heads" in names:
         made["num_key_value_heads"] = value("num_attention_heads")
-    for name, count in (("num_experts_per_tok", 2), ("n_group", 1), ("topk_group", 1)):
+    for name, count in NEEDED.items():
         if name in names and value(name) is None:
             made[name] = count
     if {"expand", "num_heads", "head_dim"} <= names:
@@ -185,7 +208,7 @@ def _related(
         lists = {
             n: held
             for n in names
-            if isinstance(held := getattr(default, n, None), list)
+            if isinstance(held := _held(default, n), list)
             and len(held) == total
             and n not in given
             and not isinstance(held[0], dict | list | tuple)
@@ -197,12 +220,20 @@ def _related(
         for index in range(total):
             if len(first) < LAYERS:
                 first.add(index)
-        if lists:
+        if first and value("num_kv_shared_layers"):
+            made["num_kv_shared_layers"] = len(first)
+            first |= {max(first) + 1 + i for i in range(len(first))}
+            kinds = lists.pop("layer_types", None) or []
+            order = list(dict.fromkeys(kinds))
+            made["layer_types"] = (order * len(first))[: len(first)]
+        if lists or len(first) > LAYERS:
             made[layers] = len(first)
             made.update({n: [held[i] for i in sorted(first)] for n, held in lists.items()})
-    rope = getattr(default, "rope_parameters", None)
+    rope = _held(default, "rope_parameters")
     if isinstance(rope, dict) and "rope_parameters" in names and "rope_parameters" not in given:
         width = value("head_dim") or (value("hidden_size") or 64) // (value("num_attention_heads") or 1)
+        if _sectioned(kind) and "mrope_section" not in rope and "rope_type" in rope:
+            rope = rope | {"mrope_section": [1, 1, 1]}
         changed = _rope(rope, width)
         if changed != rope:
             made["rope_parameters"] = changed
@@ -217,9 +248,25 @@ def _rope(rope: Any, width: int) -> Any:
     if rope.get("mrope_section"):
         half = int(width * (rope.get("partial_rotary_factor") or 1)) // 2
         count = len(rope["mrope_section"])
-        least = half // count
-        changed["mrope_section"] = [half - least * (count - 1), *[least] * (count - 1)]
+        least = max(1, round(half / count))
+        changed["mrope_section"] = [*[least] * (count - 1), half - least * (count - 1)]
     return changed
+
+
+def _held(default: Any, name: str) -> Any:
+    """A value of the default configuration; None also where it differs from layer to layer."""
+    try:
+        return getattr(default, name, None)
+    except Exception:
+        return None
+
+
+def _sectioned(kind: type) -> bool:
+    """Whether the model of the configuration has rotary sections without its configuration having
+    any: a default that is written in the code of the model."""
+    path = Path(inspect.getfile(kind))
+    model = path.with_name(path.name.replace("configuration_", "modeling_"))
+    return model.exists() and 'get("mrope_section"' in model.read_text()
 
 
 def small(name: str, value: Any) -> Any:

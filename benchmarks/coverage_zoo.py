@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import coverage_diffusers
 import coverage_inputs
+import torch
 from coverage_shrink import options_of
 from coverage_table import INPUTS, LEFT_OUT, MODELS, OPTIONS
+from torch import Tensor, nn
 
 __all__ = ["Architecture", "architectures", "build", "guesses", "inputs_of", "named"]
 
@@ -84,7 +83,8 @@ def _built(architecture: Architecture, implementation: str, seed: int, *, wide: 
         kind = CONFIG_MAPPING[architecture.name]
         config = kind(**options_of(kind, OPTIONS.get(architecture.name)))
         _set(config, implementation)
-        model = model_class(architecture.name, kind)(config)
+        part = MODELS.get(architecture.name, "").partition(":")[2]
+        model = model_class(architecture.name, kind)(getattr(config, part) if part else config)
     if wide:
         _widen(model, seed)
     return model.float().eval()
@@ -103,7 +103,7 @@ def model_class(name: str, config: type) -> type[nn.Module]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     path = config.__module__.replace("configuration_", "modeling_")
-    wanted = MODELS.get(name) or MODEL_MAPPING_NAMES.get(name)
+    wanted = MODELS.get(name, "").partition(":")[0] or MODEL_MAPPING_NAMES.get(name)
     if isinstance(wanted, str) and "." in wanted:
         path, wanted = wanted.rsplit(".", 1)
         path = f"transformers.models.{path}"

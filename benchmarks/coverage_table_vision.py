@@ -1,0 +1,174 @@
+"""What cannot be guessed of architectures of images and of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from coverage_inputs import BATCH, mask
+
+__all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS"]
+
+WINDOWS = {"image_size": 32, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+HGNET = {
+    "model_type": "hgnet_v2",
+    "embedding_size": 16,
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [16, 16, 32, 32],
+    "stem_channels": [3, 8, 16],
+    "stage_in_channels": [16, 16, 16, 32],
+    "stage_mid_channels": [8, 8, 8, 8],
+    "stage_out_channels": [16, 16, 32, 32],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [1, 1, 1, 1],
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+STAGES = {"encoder_in_channels": [16, 32, 32], "decoder_in_channels": [64, 64, 64], "anchor_image_size": None}
+RESNET = {
+    "model_type": "rt_detr_resnet",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 16, 32, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+SWIN = {
+    "model_type": "swin",
+    "image_size": 64,
+    "embed_dim": 16,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [2, 2, 4, 4],
+    "window_size": 2,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+HIERA = {
+    "model_type": "sam2_hiera_det_model",
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "image_size": [64, 64],
+    "blocks_per_stage": [1, 2, 2, 1],
+    "embed_dim_per_stage": [16, 32, 64, 128],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_size_per_stage": [4, 2, 4, 2],
+    "global_attention_blocks": [3],
+    "window_positional_embedding_background_size": [4, 4],
+}
+HIERA_VISION = {
+    "backbone_config": HIERA,
+    "backbone_channel_list": [128, 64, 32, 16],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "fpn_hidden_size": 64,
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "align_vision_model": {},
+    "bit": {"num_groups": 4},
+    "d_fine": {"backbone_config": HGNET, **STAGES},
+    "deimv2": {"backbone_config": HGNET, **STAGES},
+    "donut-swin": WINDOWS,
+    "efficientnet": {"hidden_dim": 2560},
+    "lw_detr": {"backbone_config": {"image_size": 64, "num_windows": 4, "window_block_indices": [0]}},
+    "lw_detr_vit": {"image_size": 64, "num_windows": 4, "window_block_indices": [0]},
+    "mask2former": {"backbone_config": SWIN, "feature_size": 64, "mask_feature_size": 64},
+    "maskformer": {"backbone_config": SWIN},
+    "maskformer-swin": WINDOWS,
+    "oneformer": {
+        "backbone_config": SWIN,
+        "conv_dim": 64,
+        "mask_dim": 64,
+        "num_attention_heads": 4,
+        "text_encoder_width": 64,
+        "text_encoder_vocab_size": 99,
+    },
+    "pp_doclayout_v3": {"backbone_config": HGNET, **STAGES},
+    "pp_doclayout_v4": {"backbone_config": HGNET, **STAGES},
+    "rt_detr": {"backbone_config": RESNET, **STAGES},
+    "rt_detr_v2": {"backbone_config": RESNET, **STAGES},
+    "sam": {"vision_config": {"output_channels": 64, "global_attn_indexes": [1], "window_size": 2}},
+    "sam_hq": {
+        "vision_config": {"output_channels": 64, "global_attn_indexes": [1], "window_size": 2},
+        "mask_decoder_config": {"vit_dim": 64},
+    },
+    "sam2": {"vision_config": HIERA_VISION, "prompt_encoder_config": {"image_size": 64}},
+    "sam2_hiera_det_model": {n: x for n, x in HIERA.items() if n != "model_type"},
+    "sam2_vision_model": HIERA_VISION,
+    "sapiens2": {"num_first_full_attention_layers": 1, "num_last_full_attention_layers": 0,
+                 "num_key_value_attention_heads": 2},
+    "superglue": {"hidden_size": 256},
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    "textnet": {},
+    "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
+    "vitdet": {"window_block_indices": [0], "window_size": 2},
+}
+
+MODELS: dict[str, str] = {}
+
+
+def _drawn(*shape: int) -> Callable[[Any, torch.Generator], torch.Tensor]:
+    return lambda config, generator: torch.randn(shape, generator=generator)
+
+
+def _prompted(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {n: torch.randn(BATCH, 3, side // 1, side, generator=generator) for n in names}
+
+
+def _tasked(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.randn(BATCH, 3, 64, 64, generator=generator),
+        "task_inputs": torch.randint(3, 90, (BATCH, 77), generator=generator),
+    }
+
+
+def _perceived(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "inputs": torch.randn(BATCH, 20, config.d_model, generator=generator),
+        "attention_mask": mask(),
+    }
+
+
+def _flattened(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    width = getattr(config, "vision_config", config).patch_embed_hidden_size
+    patches = torch.randn(BATCH, 20, 2 + width, generator=generator)
+    patches[:, :, 0] = torch.arange(20) // 5 + 1
+    patches[:, :, 1] = torch.arange(20) % 5 + 1
+    return {"flattened_patches": patches, "attention_mask": mask().float()}
+
+
+def _read(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    return _flattened(config, generator) | {
+        "decoder_input_ids": torch.randint(50, 99, (BATCH, 12), generator=generator)
+    }
+
+
+INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+    "oneformer": _tasked,
+    "perceiver": _perceived,
+    "pix2struct": _read,
+    "pix2struct_vision_model": _flattened,
+    "seggpt": _prompted,
+}
+
+LEFT_OUT: dict[str, str] = {
+    "dinat": "needs natten",
+    "edgetam": "needs timm",
+    "edgetam_video": "needs timm",
+    "edgetam_vision_model": "needs timm",
+    "eomt": "needs scipy",
+    "eomt_dinov3": "needs scipy",
+    "layoutlmv2": "needs detectron2",
+    "timm_backbone": "needs timm",
+    "timm_wrapper": "needs timm",
+    "vision-encoder-decoder": "a composition of given models",
+}
+for _name in ("edgetam", "edgetam_video", "sam", "sam2", "sam2_video", "sam3_tracker", "sam_hq"):
+    for _part in ("mask_decoder", "prompt_encoder"):
+        LEFT_OUT[f"{_name}_{_part}"] = f"a part of {_name} without a model class"
+LEFT_OUT |= {
+    f"sam3_tracker_video_{x}": "no model class" for x in ("mask_decoder", "prompt_encoder")
+}
+LEFT_OUT |= {f"{x}_geometry_encoder": "no model class" for x in ("sam3", "sam3_lite_text")}
+LEFT_OUT |= {"sapiens2_head": "no model class"}
