@@ -160,7 +160,7 @@ def guesses(name: str, model: nn.Module, generator: torch.Generator) -> Iterator
     axes = len(config.get("axes_dims_rope") or (1, 1, 1))
     grid = torch.cartesian_prod(*[torch.arange(n) for n in (1,) * (axes - 2) + (4, 4)]).float()
     packed = {
-        "img_ids": grid.flip(1) if axes == 4 and False else grid,
+        "img_ids": grid,
         "txt_ids": torch.zeros(TEXT, axes),
         "img_shapes": [[(1, 4, 4)]] * BATCH,
         "num_frames": 1,

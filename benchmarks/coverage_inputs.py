@@ -193,7 +193,7 @@ def _media(
                 sizes = torch.tensor([[height, width]] * BATCH)
                 yield {image: drawn(BATCH, channels, height, width), "image_sizes": sizes}
                 yield {image: drawn(BATCH, 2, channels, height, width), "image_sizes": sizes}
-                yield {image: drawn(BATCH, 5, channels, height, width), "image_sizes": sizes}
+                yield {image: drawn(BATCH, 5, channels, height, width), "image_sizes": 2 * sizes}
             if index < 2:
                 frames = int(_field(config, "num_frames", "frames_per_clip", default=2))
                 yield {image: drawn(BATCH, frames, channels, height, width)}

@@ -61,6 +61,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"sliding_window|attention_window_size|local_window_size", 8),
     (r"attention_chunk_size|index_block_size", 8),
     (r"image_size|input_size|img_size|input_resolution", 32),
+    (r"patch_size", 8),
+    (r"mm_tokens_per_image", 4),
     (r"spectrogram_length|max_length", 64),
     (r"num_mel_bins|n_mels|num_mels|input_feat_per_channel|spec_size", 16),
     (r"feature_size", 16),
@@ -194,6 +196,8 @@ def _related(
 
     if "kv_lora_rank" in names and "num_key_value_heads" in names:
         made["num_key_value_heads"] = value("num_attention_heads")
+    if "image_grid_pinpoints" in names:
+        made["image_grid_pinpoints"] = [[32, 64], [64, 32], [64, 64]]
     for name, count in NEEDED.items():
         if name in names and value(name) is None:
             made[name] = count

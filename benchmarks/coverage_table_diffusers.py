@@ -5,12 +5,473 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 __all__ = ["ARGUMENTS", "INPUTS", "LEFT_OUT"]
 
-ARGUMENTS: dict[str, dict[str, Any]] = {}
+BATCH, TEXT = 2, 7
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "AceStepTransformer1DModel": {
+        "in_channels": 24,
+        "audio_acoustic_hidden_dim": 8,
+        "head_dim": 16,
+        "sliding_window": 4,
+    },
+    "AllegroTransformer3DModel": {
+        "cross_attention_dim": 64,
+        "sample_height": 8,
+        "sample_width": 8,
+        "sample_frames": 2,
+    },
+    "BriaFiboTransformer2DModel": {"text_encoder_dim": 32},
+    "ChromaTransformer2DModel": {"approximator_num_channels": 64, "approximator_hidden_dim": 32},
+    "CogVideoXTransformer3DModel": {
+        "sample_height": 8,
+        "sample_width": 8,
+        "sample_frames": 5,
+        "max_text_seq_length": 7,
+    },
+    "CogView3PlusTransformer2DModel": {"condition_dim": 8},
+    "CogView4Transformer2DModel": {"condition_dim": 8, "rope_axes_dim": (16, 16)},
+    "ConsisIDTransformer3DModel": {
+        "sample_height": 8,
+        "sample_width": 8,
+        "sample_frames": 5,
+        "max_text_seq_length": 7,
+    },
+    "CosmosTransformer3DModel": {"max_size": (4, 8, 8), "adaln_lora_dim": 8},
+    "DreamLiteTransformer2DModel": {"in_channels": 8, "cross_attention_dim": 32},
+    "EasyAnimateTransformer3DModel": {"in_channels": 8, "out_channels": 8, "patch_size": 2},
+    "ErnieImageTransformer2DModel": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "text_in_dim": 32,
+    },
+    "Flux2Transformer2DModel": {
+        "axes_dims_rope": (4, 4, 4, 4),
+        "timestep_guidance_channels": 32,
+    },
+    "Flux3Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4), "timestep_channels": 32},
+    "GlmImageTransformer2DModel": {"condition_dim": 8, "prior_vq_quantizer_codebook_size": 64},
+    "HeliosTransformer3DModel": {"rope_dim": (4, 6, 6)},
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "caption_channels": [32, 32],
+        "text_emb_dim": 32,
+        "llama_layers": [0, 1],
+        "axes_dims_rope": (8, 8),
+        "max_resolution": (8, 8),
+    },
+    "HunyuanDiT2DModel": {
+        "in_channels": 4,
+        "patch_size": 2,
+        "hidden_size": 64,
+        "text_len": 7,
+        "text_len_t5": 7,
+        "cross_attention_dim_t5": 32,
+    },
+    "HunyuanImageTransformer2DModel": {"rope_axes_dim": (8, 8)},
+    "HunyuanVideo15Transformer3DModel": {
+        "text_embed_2_dim": 32,
+        "image_embed_dim": 32,
+        "target_size": 16,
+    },
+    "Ideogram4Transformer2DModel": {"llm_features_dim": 32, "adaln_dim": 32},
+    "JoyImageEditPlusTransformer3DModel": {"hidden_size": 64},
+    "JoyImageEditTransformer3DModel": {"hidden_size": 64},
+    "Kandinsky5Transformer3DModel": {
+        "in_text_dim": 32,
+        "in_text_dim2": 32,
+        "time_dim": 32,
+        "model_dim": 64,
+        "ff_dim": 96,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 2,
+    },
+    "Krea2Transformer2DModel": {
+        "text_hidden_dim": 64,
+        "num_text_layers": 2,
+        "text_num_attention_heads": 4,
+        "text_num_key_value_heads": 2,
+        "timestep_embed_dim": 32,
+    },
+    "LTX2VideoTransformer3DModel": {
+        "cross_attention_dim": 64,
+        "audio_in_channels": 8,
+        "audio_out_channels": 8,
+        "audio_num_attention_heads": 4,
+        "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 32,
+    },
+    "LTXVideoTransformer3DModel": {"cross_attention_dim": 64},
+    "LatteTransformer3DModel": {
+        "in_channels": 4,
+        "patch_size": 2,
+        "sample_size": 8,
+        "caption_channels": 32,
+        "cross_attention_dim": 64,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "attention_bias": True,
+        "video_length": 2,
+        "num_embeds_ada_norm": 1000,
+    },
+    "LongCatAudioDiTTransformer": {
+        "dit_dim": 64,
+        "dit_depth": 2,
+        "dit_heads": 4,
+        "dit_text_dim": 32,
+        "latent_dim": 8,
+    },
+    "Lumina2Transformer2DModel": {"hidden_size": 64},
+    "LuminaNextDiT2DModel": {"hidden_size": 64},
+    "MotifVideoTransformer3DModel": {"in_channels": 8},
+    "NucleusMoEImageTransformer2DModel": {
+        "num_experts": 4,
+        "moe_intermediate_dim": 32,
+        "capacity_factors": [2.0, 2.0],
+        "dense_moe_strategy": "leave_first_block_dense",
+    },
+    "OmniGenTransformer2DModel": {
+        "in_channels": 4,
+        "hidden_size": 64,
+        "vocab_size": 99,
+        "pad_token_id": 0,
+        "time_step_dim": 32,
+        "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "type": "su"},
+    },
+    "PRXTransformer2DModel": {
+        "in_channels": 4,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "axes_dim": [8, 8],
+    },
+    "PixArtTransformer2DModel": {"caption_channels": 32, "cross_attention_dim": 64},
+    "PriorTransformer": {"embedding_dim": 32, "num_embeddings": TEXT},
+    "QwenImageTransformer2DModel": {},
+    "SanaTransformer2DModel": {"cross_attention_dim": 64},
+    "SanaVideoTransformer3DModel": {"cross_attention_dim": 64},
+    "StableAudio3DiTModel": {
+        "io_channels": 8,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "cond_token_dim": 32,
+        "global_cond_dim": 32,
+        "local_add_cond_dim": 8,
+        "num_memory_tokens": 4,
+        "timestep_features_dim": 32,
+    },
+    "StableAudioDiTModel": {
+        "num_key_value_attention_heads": 2,
+        "time_proj_dim": 32,
+        "global_states_input_dim": 32,
+        "cross_attention_input_dim": 32,
+        "sample_size": 16,
+    },
+    "T5FilmDecoder": {
+        "input_dims": 8,
+        "targets_length": 16,
+        "d_model": 64,
+        "num_heads": 4,
+        "d_kv": 16,
+        "d_ff": 96,
+    },
+    "Transformer2DModel": {"in_channels": 8, "cross_attention_dim": 32},
+    "TransformerTemporalModel": {"in_channels": 8},
+    "WanAnimateTransformer3DModel": {
+        "in_channels": 8,
+        "latent_channels": 4,
+        "image_dim": 32,
+        "motion_encoder_size": 16,
+        "motion_style_dim": 8,
+        "motion_dim": 4,
+        "motion_encoder_dim": 32,
+        "face_encoder_hidden_dim": 32,
+        "inject_face_latents_blocks": 2,
+    },
+    "WanVACETransformer3DModel": {"vace_layers": [0], "vace_in_channels": 12},
+    "ZImageTransformer2DModel": {
+        "dim": 64,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "n_refiner_layers": 1,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [64, 32, 32],
+    },
+}
+ARGUMENTS = {f"diffusers/{name}": held for name, held in ARGUMENTS.items()}
 """Arguments of a constructor."""
 
-INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
+Made = dict[str, Any]
+
+
+def _seen() -> Tensor:
+    made = torch.ones(BATCH, TEXT, dtype=torch.long)
+    made[1, 5:] = 0
+    return made
+
+
+def _drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def _image(generator: torch.Generator, channels: int, width: int = 32, *more: int) -> Made:
+    return {
+        "hidden_states": _drawn(generator, BATCH, channels, *more, 8, 8),
+        "encoder_hidden_states": _drawn(generator, BATCH, TEXT, width),
+        "timestep": torch.tensor([10, 500]),
+    }
+
+
+def _ace(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 16, 8),
+        "context_latents": _drawn(g, BATCH, 16, 16),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, config.hidden_size),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "timestep_r": torch.tensor([0.1, 0.5]),
+    }
+
+
+def _hunyuan(config: Any, g: torch.Generator) -> Made:
+    angles = _drawn(g, 16, 8).repeat_interleave(2, 1)
+    return _image(g, 4) | {
+        "text_embedding_mask": _seen(),
+        "encoder_hidden_states_t5": _drawn(g, BATCH, TEXT, 32),
+        "text_embedding_mask_t5": _seen(),
+        "image_meta_size": torch.tensor([[8.0, 8.0, 8.0, 8.0, 0.0, 0.0]] * BATCH),
+        "style": torch.zeros(BATCH, dtype=torch.long),
+        "image_rotary_emb": [angles.cos(), angles.sin()],
+    }
+
+
+def _lumina(config: Any, g: torch.Generator) -> Made:
+    angles = _drawn(g, 64, 64, 8)
+    return _image(g, config.in_channels) | {
+        "encoder_mask": _seen(),
+        "timestep": torch.tensor([0.1, 0.8]),
+        "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
+        "cross_attention_kwargs": {},
+    }
+
+
+def _pixart(config: Any, g: torch.Generator) -> Made:
+    added = {"resolution": None, "aspect_ratio": None}
+    return _image(g, config.in_channels) | {
+        "encoder_attention_mask": _seen(),
+        "added_cond_kwargs": added,
+    }
+
+
+def _prior(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 32),
+        "timestep": torch.tensor([10, 500]),
+        "proj_embedding": _drawn(g, BATCH, 32),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "attention_mask": _seen().bool(),
+    }
+
+
+def _audio(config: Any, g: torch.Generator) -> Made:
+    angles = _drawn(g, 17, 4).repeat(1, 2)
+    return {
+        "hidden_states": _drawn(g, BATCH, 8, 16),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "global_hidden_states": _drawn(g, BATCH, 1, 32),
+        "rotary_embedding": (angles.cos(), angles.sin()),
+        "encoder_attention_mask": _seen(),
+    }
+
+
+def _temporal(config: Any, g: torch.Generator) -> Made:
+    return {"hidden_states": _drawn(g, BATCH * 4, 8, 4, 4), "num_frames": 4}
+
+
+def _film(config: Any, g: torch.Generator) -> Made:
+    return {
+        "encodings_and_masks": [(_drawn(g, BATCH, TEXT, 64), _seen())],
+        "decoder_input_tokens": _drawn(g, BATCH, 16, 8),
+        "decoder_noise_time": torch.tensor([0.1, 0.6]),
+    }
+
+
+def _fibo(config: Any, g: torch.Generator) -> Made:
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    layers = config.num_layers + config.num_single_layers
+    return {
+        "hidden_states": _drawn(g, BATCH, 16, config.in_channels),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, config.joint_attention_dim),
+        "text_encoder_layers": [_drawn(g, BATCH, TEXT, 32) for _ in range(layers)],
+        "timestep": torch.tensor([10.0, 500.0]),
+        "img_ids": grid,
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+def _cosmos(config: Any, g: torch.Generator) -> Made:
+    return _image(g, config.in_channels, 32, 2) | {
+        "timestep": torch.tensor([0.2, 0.7]),
+        "padding_mask": torch.zeros(1, 1, 8, 8),
+        "fps": 24,
+    }
+
+
+def _ernie(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, config.in_channels, 4, 4),
+        "timestep": torch.tensor([10.0, 500.0]),
+        "text_bth": _drawn(g, BATCH, TEXT, 32),
+        "text_lens": torch.tensor([7, 5]),
+    }
+
+
+def _glm(config: Any, g: torch.Generator) -> Made:
+    return _image(g, config.in_channels) | {
+        "prior_token_id": torch.randint(0, 64, (BATCH, 16), generator=g),
+        "prior_token_drop": torch.tensor([False, True]),
+        "target_size": torch.tensor([[8.0, 8.0]] * BATCH),
+        "crop_coords": torch.zeros(BATCH, 2),
+    }
+
+
+def _hidream(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 4, 8, 8),
+        "timesteps": torch.tensor([10, 500]),
+        "encoder_hidden_states_t5": _drawn(g, BATCH, TEXT, 32),
+        "encoder_hidden_states_llama3": _drawn(g, 2, BATCH, TEXT, 32),
+        "pooled_embeds": _drawn(g, BATCH, 32),
+    }
+
+
+def _second(config: Any, g: torch.Generator) -> Made:
+    return _image(g, config.in_channels, 32, 2) | {
+        "encoder_attention_mask": _seen(),
+        "encoder_hidden_states_2": _drawn(g, BATCH, 5, 32),
+        "encoder_attention_mask_2": _seen()[:, 2:],
+        "image_embeds": _drawn(g, BATCH, 3, 32),
+    }
+
+
+def _kandinsky(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 2, 8, 8, config.in_visual_dim),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "timestep": torch.tensor([10.0, 500.0]),
+        "pooled_projections": _drawn(g, BATCH, 32),
+        "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+        "text_rope_pos": torch.arange(TEXT),
+    }
+
+
+def _krea(config: Any, g: torch.Generator) -> Made:
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    return {
+        "hidden_states": _drawn(g, BATCH, 16, config.in_channels),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 2, 64),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "position_ids": torch.cat([torch.zeros(TEXT, 3), grid]),
+        "encoder_attention_mask": _seen(),
+    }
+
+
+def _sounding(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 16, config.in_channels),
+        "audio_hidden_states": _drawn(g, BATCH, 9, 8),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "audio_encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "timestep": torch.tensor([10.0, 500.0]),
+        "encoder_attention_mask": _seen(),
+        "audio_encoder_attention_mask": _seen(),
+        "num_frames": 1,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 9,
+    }
+
+
+def _speech(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 16, 8),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "encoder_attention_mask": _seen().bool(),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "latent_cond": _drawn(g, BATCH, 16, 8),
+    }
+
+
+def _stable(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, 8, 16),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
+        "global_hidden_states": _drawn(g, BATCH, 32),
+        "encoder_attention_mask": _seen(),
+        "local_add_cond": _drawn(g, BATCH, 8, 16),
+    }
+
+
+def _vace(config: Any, g: torch.Generator) -> Made:
+    return _image(g, config.in_channels, 32, 2) | {
+        "control_hidden_states": _drawn(g, BATCH, 12, 2, 8, 8)
+    }
+
+
+def _listed(config: Any, g: torch.Generator) -> Made:
+    return {
+        "x": [_drawn(g, config.in_channels, 1, 8, 8) for _ in range(BATCH)],
+        "t": torch.tensor([0.2, 0.7]),
+        "cap_feats": [_drawn(g, n, 32) for n in (TEXT, 5)],
+    }
+
+
+def _nested(config: Any, g: torch.Generator) -> Made:
+    length = TEXT + 1 + 16
+    shown = torch.ones(BATCH, length, length)
+    shown[1, :, :2] = 0
+    return {
+        "hidden_states": _drawn(g, BATCH, 4, 8, 8),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "input_ids": torch.randint(3, 90, (BATCH, TEXT), generator=g),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": shown,
+        "position_ids": torch.arange(length).expand(BATCH, -1),
+    }
+
+
+INPUTS: dict[str, Callable[[Any, Any], Made]] = {
+    "AceStepTransformer1DModel": _ace,
+    "BriaFiboTransformer2DModel": _fibo,
+    "CosmosTransformer3DModel": _cosmos,
+    "ErnieImageTransformer2DModel": _ernie,
+    "GlmImageTransformer2DModel": _glm,
+    "HiDreamImageTransformer2DModel": _hidream,
+    "HunyuanDiT2DModel": _hunyuan,
+    "HunyuanVideo15Transformer3DModel": _second,
+    "Kandinsky5Transformer3DModel": _kandinsky,
+    "Krea2Transformer2DModel": _krea,
+    "LTX2VideoTransformer3DModel": _sounding,
+    "LongCatAudioDiTTransformer": _speech,
+    "LuminaNextDiT2DModel": _lumina,
+    "OmniGenTransformer2DModel": _nested,
+    "PixArtTransformer2DModel": _pixart,
+    "PriorTransformer": _prior,
+    "StableAudio3DiTModel": _stable,
+    "StableAudioDiTModel": _audio,
+    "T5FilmDecoder": _film,
+    "TransformerTemporalModel": _temporal,
+    "WanVACETransformer3DModel": _vace,
+    "ZImageTransformer2DModel": _listed,
+}
+INPUTS = {f"diffusers/{name}": made for name, made in INPUTS.items()}
 """Arguments of a forward, from the configuration and a generator of random numbers."""
 
 LEFT_OUT: dict[str, str] = {}
