@@ -40,7 +40,7 @@ def words(
     generator: torch.Generator, length: int = LENGTH, vocabulary: int = VOCABULARY
 ) -> Tensor:
     """Ids of tokens without a meaning of their own."""
-    return torch.randint(50, vocabulary, (BATCH, length), generator=generator)
+    return torch.randint(50 if vocabulary > 60 else 3, vocabulary, (BATCH, length), generator=generator)
 
 
 def mask(length: int = LENGTH, padded: int = PADDED) -> Tensor:
@@ -54,7 +54,7 @@ def _texts(takes: Mapping[str, Any], config: Any, generator: torch.Generator) ->
     found: Inputs = {}
     text = getattr(config, "text_config", None) or config
     known = getattr(text, "vocab_size", None)
-    known = known if isinstance(known, int) and known > 50 else VOCABULARY
+    known = known if isinstance(known, int) and known > 8 else VOCABULARY
     positions = getattr(text, "max_position_embeddings", None)
     for prefix, length, padded in (("", LENGTH, PADDED), ("decoder_", LENGTH - 3, 5)):
         if f"{prefix}input_ids" in takes:
@@ -214,6 +214,7 @@ def _sounds(
         return torch.randn(shape, generator=generator)
 
     names = ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_dim")
+    names = ("feature_projection_input_dim", *names)
     mels = _field(config, *names, "input_feat_size", "mel_bins", "input_size", "num_mels", default=16)
     mels = mels if isinstance(mels, int) else 16
     steps = 2 * int(_field(config, "max_source_positions", "n_ctx", default=64) or 64)

@@ -201,6 +201,11 @@ def _related(
     for name, count in NEEDED.items():
         if name in names and value(name) is None:
             made[name] = count
+    heads = value("num_attention_heads")
+    if isinstance(heads, int) and "num_key_value_heads" in names:
+        made["num_key_value_heads"] = min(heads, value("num_key_value_heads") or heads)
+    if isinstance(heads, int) and "head_dim" in names and not made.get("head_dim"):
+        made["head_dim"] = value("hidden_size") // heads
     if {"expand", "num_heads", "head_dim"} <= names:
         made["num_heads"] = value("hidden_size") * value("expand") // value("head_dim")
     if {"mamba_expand", "mamba_n_heads", "mamba_d_head"} <= names:

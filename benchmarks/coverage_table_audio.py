@@ -61,7 +61,9 @@ def _codes(decoder: bool) -> Callable[[Any, torch.Generator], dict[str, Any]]:
         channels = getattr(config, "decoder_config", config).num_channels
         codes = torch.randint(3, 60, (BATCH, 12, channels), generator=generator)
         if decoder:
-            return {"input_ids": codes}
+            width = config.cross_hidden_size
+            states = torch.randn(BATCH, 11, width, generator=generator)
+            return {"input_ids": codes, "encoder_hidden_states": states, "use_cache": False}
         return {
             "input_ids": words(generator),
             "attention_mask": mask(),

@@ -25,6 +25,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "sample_width": 8,
         "sample_frames": 2,
     },
+    "BriaFibo2Transformer2DModel": {
+        "dim": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "injection_layer_ids": (1,),
+        "perceiver_num_layers": 1,
+        "cap_feat_dim": 32,
+        "min_num_gist_tokens": 4,
+        "max_num_gist_tokens": 8,
+        "gist_step": 2,
+        "gist_min_text_len": 4,
+        "gist_max_text_len": 16,
+        "axes_lens": (2048, 64, 64),
+    },
     "BriaFiboTransformer2DModel": {"text_encoder_dim": 32},
     "ChromaTransformer2DModel": {"approximator_num_channels": 64, "approximator_hidden_dim": 32},
     "CogVideoXTransformer3DModel": {
@@ -41,7 +56,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "sample_frames": 5,
         "max_text_seq_length": 7,
     },
-    "CosmosTransformer3DModel": {"max_size": (4, 8, 8), "adaln_lora_dim": 8},
+    "CosmosTransformer3DModel": {
+        "max_size": (4, 8, 8),
+        "adaln_lora_dim": 8,
+        "concat_padding_mask": False,
+    },
     "DreamLiteTransformer2DModel": {"in_channels": 8, "cross_attention_dim": 32},
     "EasyAnimateTransformer3DModel": {"in_channels": 8, "out_channels": 8, "patch_size": 2},
     "ErnieImageTransformer2DModel": {
@@ -63,7 +82,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "caption_channels": [32, 32],
         "text_emb_dim": 32,
         "llama_layers": [0, 1],
-        "axes_dims_rope": (8, 8),
+        "axes_dims_rope": (4, 6, 6),
         "max_resolution": (8, 8),
     },
     "HunyuanDiT2DModel": {
@@ -91,6 +110,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "ff_dim": 96,
         "num_text_blocks": 1,
         "num_visual_blocks": 2,
+    },
+    "Kandinsky6Transformer3DModel": {
+        "in_visual_dim": 4,
+        "out_visual_dim": 4,
+        "in_audio_dim": 4,
+        "out_audio_dim": 4,
+        "in_text_dim": 32,
+        "in_text_dim2": 32,
+        "time_dim": 32,
+        "model_dim": 64,
+        "ff_dim": 96,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 2,
+        "visual_cond": False,
     },
     "Krea2Transformer2DModel": {
         "text_hidden_dim": 64,
@@ -128,7 +161,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "latent_dim": 8,
     },
     "Lumina2Transformer2DModel": {"hidden_size": 64},
-    "LuminaNextDiT2DModel": {"hidden_size": 64},
+    "LuminaNextDiT2DModel": {"hidden_size": 64, "num_kv_heads": 2},
+    "MiniMaxMusic3Transformer1DModel": {"condition_dim": 32, "ff_inner_dim": 96, "rotary_dim": 8},
     "MotifVideoTransformer3DModel": {"in_channels": 8},
     "NucleusMoEImageTransformer2DModel": {
         "num_experts": 4,
@@ -227,6 +261,38 @@ def _image(generator: torch.Generator, channels: int, width: int = 32, *more: in
     }
 
 
+def _flowing(config: Any, g: torch.Generator) -> Made:
+    return _image(g, config.in_channels, 32, 2) | {
+        "hidden_states": _drawn(g, BATCH, 2, config.in_channels, 8, 8),
+        "timestep": torch.tensor([[10.0, 20.0], [500.0, 600.0]]),
+        "r_timestep": torch.tensor([[5.0, 10.0], [300.0, 400.0]]),
+    }
+
+
+def _labelled(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, config.in_channels, 8, 8),
+        "timestep": torch.tensor([10, 500]),
+        "class_labels": torch.tensor([3, 7]),
+    }
+
+
+def _moving(config: Any, g: torch.Generator) -> Made:
+    return _image(g, config.in_channels, 32, 2)
+
+
+def _music(config: Any, g: torch.Generator) -> Made:
+    return {
+        "hidden_states": _drawn(g, BATCH, config.in_channels, 16),
+        "timestep": torch.tensor([0.2, 0.7]),
+        "encoder_hidden_states": _drawn(g, BATCH, 16, 32),
+    }
+
+
+def _depth(config: Any, g: torch.Generator) -> Made:
+    return {"inputs_embeds": _drawn(g, BATCH, config.num_codebooks, config.hidden_size)}
+
+
 def _ace(config: Any, g: torch.Generator) -> Made:
     return {
         "hidden_states": _drawn(g, BATCH, 16, 8),
@@ -240,6 +306,7 @@ def _ace(config: Any, g: torch.Generator) -> Made:
 def _hunyuan(config: Any, g: torch.Generator) -> Made:
     angles = _drawn(g, 16, 8).repeat_interleave(2, 1)
     return _image(g, 4) | {
+        "timestep": torch.tensor([10.0, 500.0]),
         "text_embedding_mask": _seen(),
         "encoder_hidden_states_t5": _drawn(g, BATCH, TEXT, 32),
         "text_embedding_mask_t5": _seen(),
@@ -317,7 +384,6 @@ def _fibo(config: Any, g: torch.Generator) -> Made:
 def _cosmos(config: Any, g: torch.Generator) -> Made:
     return _image(g, config.in_channels, 32, 2) | {
         "timestep": torch.tensor([0.2, 0.7]),
-        "padding_mask": torch.zeros(1, 1, 8, 8),
         "fps": 24,
     }
 
@@ -352,6 +418,7 @@ def _hidream(config: Any, g: torch.Generator) -> Made:
 
 def _second(config: Any, g: torch.Generator) -> Made:
     return _image(g, config.in_channels, 32, 2) | {
+        "timestep": torch.tensor([10.0, 500.0]),
         "encoder_attention_mask": _seen(),
         "encoder_hidden_states_2": _drawn(g, BATCH, 5, 32),
         "encoder_attention_mask_2": _seen()[:, 2:],
@@ -377,7 +444,7 @@ def _krea(config: Any, g: torch.Generator) -> Made:
         "encoder_hidden_states": _drawn(g, BATCH, TEXT, 2, 64),
         "timestep": torch.tensor([0.2, 0.7]),
         "position_ids": torch.cat([torch.zeros(TEXT, 3), grid]),
-        "encoder_attention_mask": _seen(),
+        "encoder_attention_mask": _seen().bool(),
     }
 
 
@@ -448,6 +515,11 @@ def _nested(config: Any, g: torch.Generator) -> Made:
 
 
 INPUTS: dict[str, Callable[[Any, Any], Made]] = {
+    "AnyFlowTransformer3DModel": _flowing,
+    "DiTTransformer2DModel": _labelled,
+    "LatteTransformer3DModel": _moving,
+    "MiniMaxMusic3RVQDepthDecoder": _depth,
+    "MiniMaxMusic3Transformer1DModel": _music,
     "AceStepTransformer1DModel": _ace,
     "BriaFiboTransformer2DModel": _fibo,
     "CosmosTransformer3DModel": _cosmos,

@@ -17,17 +17,21 @@ ROPES = {
 }
 SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 
+EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": {**SERIES, "label_length": 4},
     "clvp_encoder": {"num_attention_heads": 2},
     "cohere_compass_text": {"rope_parameters": ROPES},
     "cohere_compass": {"text_config": {"rope_parameters": ROPES}},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 96},
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "diffusion_gemma": {"text_config": EXPERTS},
+    "diffusion_gemma_text": EXPERTS,
     "esm": {"vocab_size": 99, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "informer": SERIES,
@@ -62,8 +66,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "time_series_transformer": SERIES,
     "timesfm": {"patch_length": 8, "context_length": 32, "horizon_length": 8},
+    "unlimited_ocr_text": {"num_key_value_heads": 4},
     "xlstm": {"num_heads": 4, "chunkwise_kernel": "chunkwise--native_autograd"},
-    "zamba": {"num_hidden_layers": 6},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
 }
 
 MODELS: dict[str, str] = {

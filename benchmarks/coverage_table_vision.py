@@ -100,6 +100,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swinv2": WINDOWS,
     "textnet": {},
     "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
+    "vitmatte": {"fusion_hidden_sizes": [32, 32, 16, 16]},
     "vitdet": {"window_block_indices": [0], "window_size": 2},
 }
 
@@ -153,6 +154,8 @@ INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
 }
 
 LEFT_OUT: dict[str, str] = {
+    "chameleon_vqgan": "a coder of images without a forward",
+    "deepseek_ocr2_encoder": "a part of deepseek_ocr2_vision",
     "dinat": "needs natten",
     "edgetam": "needs timm",
     "edgetam_video": "needs timm",
