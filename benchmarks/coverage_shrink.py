@@ -43,7 +43,7 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"|projector_dim|output_proj_dim|projection_size|hidden_sizes?)"
         r"|emb_dim|dim|out_dim|output_dim|proj_codevector_dim|upsample_groups|model_dim|d_latents"
         r"|decoder_hidden|encoder_hidden|embedding_dim|lru_width|depth_hidden_size"
-        r"|\w+_hidden_size|dec_dim|enc_dim|cross_hidden_size|v_hidden_size",
+        r"|\w+_hidden_size|hidden_size_global|dec_dim|enc_dim|cross_hidden_size|v_hidden_size",
         WIDTH,
     ),
     (r"hidden_size_per_layer_input", 16),
@@ -58,7 +58,7 @@ SIZES: tuple[tuple[str, int], ...] = (
         128,
     ),
     (r"(max_source_positions|max_target_positions)", 128),
-    (r"sliding_window|attention_window_size|local_window_size", 8),
+    (r"sliding_window|attention_window_size|local_window_size|local_attention", 8),
     (r"attention_chunk_size|index_block_size", 8),
     (r"image_size|input_size|img_size|input_resolution", 32),
     (r"patch_size", 8),

@@ -10,7 +10,7 @@ import coverage_table_multimodal as multimodal
 import coverage_table_text as text
 import coverage_table_vision as vision
 
-__all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS"]
+__all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS", "VARIANTS"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **text.OPTIONS,
@@ -31,6 +31,8 @@ INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     **multimodal.INPUTS,
 }
 """Arguments of a forward, from the configuration and a generator of random numbers."""
+
+VARIANTS = text.VARIANTS
 
 LEFT_OUT: dict[str, str] = {
     **text.LEFT_OUT,

@@ -40,6 +40,20 @@ MUSIC = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "clap": {"audio_config": CLAP},
     "clap_audio_model": CLAP,
+    "clvp": {
+        "text_config": {"num_attention_heads": 2},
+        "speech_config": {"num_attention_heads": 2},
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "fastspeech2_conformer_with_hifigan": {"model_config": {"vocab_size": 99}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
+    "phi4_multimodal_audio": {
+        "ext_pw_out_channel": 64,
+        "depthwise_separable_out_channel": 64,
+        "nemo_conv_channels": 64,
+    },
+    "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "granite_speech_encoder": {"context_size": 8},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "musicgen": MUSIC,
@@ -94,6 +108,10 @@ def _semantic(config: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"input_ids": words(generator), "attention_mask": mask(), "use_cache": False}
 
 
+def _deep(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {"input_ids": words(generator, config.num_codebooks), "use_cache": False}
+
+
 def _masked(config: Any, generator: torch.Generator) -> dict[str, Any]:
     states = torch.randn(BATCH, 64, config.input_size, generator=generator)
     return {"hidden_states": states, "mask": mask(64, 16).bool()}
@@ -103,6 +121,7 @@ INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "bark": _semantic,
     "dia": _codes(False),
     "dia_decoder": _codes(True),
+    "moshi_depth": _deep,
     "musicgen": _music,
     "musicgen_melody": _music,
     "phi4_multimodal_audio": _masked,

@@ -175,6 +175,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "hidden_size": 64,
         "vocab_size": 99,
         "pad_token_id": 0,
+        "num_key_value_heads": 4,
         "time_step_dim": 32,
         "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "type": "su"},
     },
@@ -352,7 +353,7 @@ def _audio(config: Any, g: torch.Generator) -> Made:
         "encoder_hidden_states": _drawn(g, BATCH, TEXT, 32),
         "global_hidden_states": _drawn(g, BATCH, 1, 32),
         "rotary_embedding": (angles.cos(), angles.sin()),
-        "encoder_attention_mask": _seen(),
+        "encoder_attention_mask": _seen().bool(),
     }
 
 
@@ -546,5 +547,14 @@ INPUTS: dict[str, Callable[[Any, Any], Made]] = {
 INPUTS = {f"diffusers/{name}": made for name, made in INPUTS.items()}
 """Arguments of a forward, from the configuration and a generator of random numbers."""
 
-LEFT_OUT: dict[str, str] = {}
+_PACKED = """
+AnyFlowFARTransformer3DModel Cosmos3OmniTransformer HunyuanVideoFramepackTransformer3DModel
+Ideogram4Transformer2DModel JoyImageEditPlusTransformer3DModel Kandinsky6SRTransformer3DModel
+MiniMaxH3Transformer3DModel QwenImage21Transformer2DModel RFD4ProteinaTransformer
+SanaWMLTX2RefinerTransformer3DModel SanaWMTransformer3DModel WanAnimate2Transformer3DModel
+WanAnimateTransformer3DModel
+"""
+LEFT_OUT: dict[str, str] = {
+    f"diffusers/{name}": "its pipeline packs the inputs" for name in _PACKED.split()
+}
 """Why an architecture cannot be built here."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from coverage_inputs import BATCH, LENGTH, mask, words
+from coverage_table_text import OPTIONS as TEXTS
 
 __all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS"]
 
@@ -25,6 +26,8 @@ OPT = {
 }
 CODES = {f"IMGIMG{x}BB": 60 + i for i, x in enumerate("ABCD")}
 
+TILES = {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192, "num_global_layers": 2}
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 640, "text_config": {"hidden_size": 64}},
     "blip-2": {"text_config": OPT, "image_token_index": IMAGE},
@@ -38,7 +41,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "projector_output_dim": 64,
         "vision_output_dim": 64,
     },
-    "nougat": {},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": IMAGE,
+            "<|extra_200|>": 6,
+            **{f"<|visual token {i:06d}|>": 30 + i for i in range(60)},
+        }
+    },
+    "glm5_next": {"text_config": {"index_kpool": 4}},
+    "mllama": {"vision_config": TILES},
+    "mllama_vision_model": TILES,
+    "qwen4_exp": {"text_config": TEXTS["qwen4_exp_text"]},
 }
 
 MODELS: dict[str, str] = {
@@ -157,6 +175,7 @@ LEFT_OUT: dict[str, str] = {
     "gemma4_unified_vision": "no model class",
     "idefics_perciever": "a part of idefics without a model class",
     "layoutxlm": "no model class",
+    "nougat": "no configuration class",
     "perception_lm": "needs timm",
     "pp_chart2table": "no model class",
     "pp_chart2table_vision": "no model class",

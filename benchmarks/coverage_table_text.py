@@ -9,7 +9,7 @@ import torch
 from coverage_inputs import BATCH, LENGTH, mask, words
 from torch import Tensor
 
-__all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS"]
+__all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS", "VARIANTS"]
 
 ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -17,6 +17,13 @@ ROPES = {
 }
 SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 
+BLOCKS = {
+    "attention_type": "block_sparse",
+    "block_size": 8,
+    "num_random_blocks": 2,
+    "max_position_embeddings": 256,
+}
+NEAR = {"local_radius": 4, "global_block_size": 4}
 EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,9 +40,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"text_config": EXPERTS},
     "diffusion_gemma_text": EXPERTS,
     "esm": {"vocab_size": 99, "pad_token_id": 1, "position_embedding_type": "rotary"},
+    "glm5_next_text": {"index_kpool": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "informer": SERIES,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "led": {"attention_window": 8, "max_encoder_position_embeddings": 64},
+    "longformer": {"attention_window": 8},
+    "longt5": NEAR,
+    "nystromformer": {"num_landmarks": 5, "segment_means_seq_len": 20},
     "mistral_large4_text": {"num_hidden_layers": 2},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],
@@ -107,6 +119,24 @@ def _long(length: int) -> Callable[[Any, torch.Generator], dict[str, Any]]:
     return made
 
 
+def _global(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    """A first token that sees and is seen by all."""
+    shown = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    shown[:, 0] = 1
+    text = {"input_ids": words(generator), "attention_mask": mask(), "global_attention_mask": shown}
+    if config.model_type == "led":
+        text |= {"decoder_input_ids": words(generator, 12), "use_cache": False}
+    return text
+
+
+def _blocks(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    return _long(160)(config, generator) | {
+        "decoder_input_ids": words(generator, 12),
+        "decoder_attention_mask": mask(12, 3),
+        "use_cache": False,
+    }
+
+
 def _decided(config: Any, generator: torch.Generator) -> dict[str, Any]:
     def drawn(width: int) -> Tensor:
         return torch.randn(BATCH, LENGTH, width, generator=generator)
@@ -124,12 +154,39 @@ def _decided(config: Any, generator: torch.Generator) -> dict[str, Any]:
 INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "autoformer": _series,
     "big_bird": _long(160),
+    "bigbird_pegasus": _blocks,
     "decision_transformer": _decided,
+    "led": _global,
+    "longformer": _global,
     "informer": _series,
     "time_series_transformer": _series,
     "timesfm": _patched,
 }
-OPTIONS["big_bird"] = {"block_size": 8, "num_random_blocks": 2, "max_position_embeddings": 256}
+
+VARIANTS: dict[str, str] = {
+    "big_bird-full": "big_bird",
+    "bigbird_pegasus-full": "bigbird_pegasus",
+    "esm-absolute": "esm",
+    "falcon-alibi": "falcon",
+    "falcon-grouped": "falcon",
+    "longt5-global": "longt5",
+    "mistral-full": "mistral",
+    "qwen2-sliding": "qwen2",
+}
+"""Second forms of attention that a configuration can ask for: name -> model type."""
+
+OPTIONS |= {
+    "big_bird": BLOCKS,
+    "big_bird-full": {"attention_type": "original_full"},
+    "bigbird_pegasus": BLOCKS,
+    "bigbird_pegasus-full": {"attention_type": "original_full"},
+    "esm-absolute": {"vocab_size": 99, "pad_token_id": 1, "position_embedding_type": "absolute"},
+    "falcon-alibi": {"alibi": True},
+    "falcon-grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "longt5-global": {"encoder_attention_type": "transient-global", **NEAR},
+    "mistral-full": {"sliding_window": None},
+    "qwen2-sliding": {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8},
+}
 
 LEFT_OUT: dict[str, str] = {
     "blt_local_decoder": "a part of blt",

@@ -50,7 +50,7 @@ HIERA = {
     "blocks_per_stage": [1, 2, 2, 1],
     "embed_dim_per_stage": [16, 32, 64, 128],
     "num_attention_heads_per_stage": [1, 2, 4, 8],
-    "window_size_per_stage": [4, 2, 4, 2],
+    "window_size_per_stage": [8, 4, 4, 4],
     "global_attention_blocks": [3],
     "window_positional_embedding_background_size": [4, 4],
 }
@@ -61,6 +61,19 @@ HIERA_VISION = {
     "fpn_hidden_size": 64,
 }
 
+SAM = {
+    "output_channels": 64,
+    "num_pos_feats": 32,
+    "global_attn_indexes": [1],
+    "window_size": 2,
+}
+DETR_VIT = {
+    "image_size": 64,
+    "num_windows": 4,
+    "window_block_indices": [0],
+    "out_features": ["stage1", "stage2"],
+}
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "align_vision_model": {},
     "bit": {"num_groups": 4},
@@ -68,8 +81,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deimv2": {"backbone_config": HGNET, **STAGES},
     "donut-swin": WINDOWS,
     "efficientnet": {"hidden_dim": 2560},
-    "lw_detr": {"backbone_config": {"image_size": 64, "num_windows": 4, "window_block_indices": [0]}},
-    "lw_detr_vit": {"image_size": 64, "num_windows": 4, "window_block_indices": [0]},
+    "depth_pro": {"intermediate_hook_ids": [1, 0]},
+    "lw_detr": {
+        "backbone_config": {**DETR_VIT, "model_type": "lw_detr_vit", "hidden_size": 64,
+                            "num_hidden_layers": 2, "num_attention_heads": 4},
+        "projector_scale_factors": [1.0],
+    },
+    "lw_detr_vit": DETR_VIT,
     "mask2former": {"backbone_config": SWIN, "feature_size": 64, "mask_feature_size": 64},
     "maskformer": {"backbone_config": SWIN},
     "maskformer-swin": WINDOWS,
@@ -85,9 +103,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pp_doclayout_v4": {"backbone_config": HGNET, **STAGES},
     "rt_detr": {"backbone_config": RESNET, **STAGES},
     "rt_detr_v2": {"backbone_config": RESNET, **STAGES},
-    "sam": {"vision_config": {"output_channels": 64, "global_attn_indexes": [1], "window_size": 2}},
+    "sam": {"vision_config": SAM},
+    "sam_vision_model": SAM,
+    "sam_hq_vision_model": SAM,
     "sam_hq": {
-        "vision_config": {"output_channels": 64, "global_attn_indexes": [1], "window_size": 2},
+        "vision_config": SAM,
         "mask_decoder_config": {"vit_dim": 64},
     },
     "sam2": {"vision_config": HIERA_VISION, "prompt_encoder_config": {"image_size": 64}},
@@ -104,7 +124,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vitdet": {"window_block_indices": [0], "window_size": 2},
 }
 
-MODELS: dict[str, str] = {}
+MODELS: dict[str, str] = {"lw_detr_vit": "LwDetrViTBackbone"}
 
 
 def _drawn(*shape: int) -> Callable[[Any, torch.Generator], torch.Tensor]:
@@ -156,6 +176,23 @@ INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
 LEFT_OUT: dict[str, str] = {
     "chameleon_vqgan": "a coder of images without a forward",
     "deepseek_ocr2_encoder": "a part of deepseek_ocr2_vision",
+    "emu3_vqgan": "a coder of images without a forward",
+    "glm_image_vqmodel": "a coder of images without a forward",
+    "pp_ocrv5_mobile_det": "no attention",
+    "pp_ocrv5_server_det": "no attention",
+    "pp_ocrv6_medium_det": "no attention",
+    "pp_ocrv6_small_det": "no attention",
+    "sam3_detr_decoder": "a part of sam3",
+    "sam3_detr_encoder": "a part of sam3",
+    "sam3_lite_text_detr_decoder": "a part of sam3_lite_text",
+    "sam3_lite_text_detr_encoder": "a part of sam3_lite_text",
+    "sam3_lite_text_mask_decoder": "a part of sam3_lite_text",
+    "sam3_mask_decoder": "a part of sam3",
+    "sam2_video": "runs in a session of frames",
+    "sam3_tracker_video": "runs in a session of frames",
+    "sam3_video": "runs in a session of frames",
+    "textnet": "no attention",
+    "uvdoc": "no attention",
     "dinat": "needs natten",
     "edgetam": "needs timm",
     "edgetam_video": "needs timm",

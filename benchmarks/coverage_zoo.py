@@ -18,7 +18,7 @@ import coverage_diffusers
 import coverage_inputs
 import torch
 from coverage_shrink import options_of
-from coverage_table import INPUTS, LEFT_OUT, MODELS, OPTIONS
+from coverage_table import INPUTS, LEFT_OUT, MODELS, OPTIONS, VARIANTS
 from torch import Tensor, nn
 
 __all__ = ["Architecture", "architectures", "build", "guesses", "inputs_of", "named"]
@@ -29,13 +29,13 @@ class Architecture:
     """One architecture."""
 
     name: str
-    """The model type; of diffusers, `diffusers/` and the class."""
+    """The model type, or that of a variant; of diffusers, `diffusers/` and the class."""
     library: str = "transformers"
 
     @property
     def left_out(self) -> str:
         """Why it cannot be built here; empty if it can."""
-        return LEFT_OUT.get(self.name, "")
+        return {**LEFT_OUT, **coverage_diffusers.LEFT_OUT}.get(self.name, "")
 
 
 def named(name: str) -> Architecture:
@@ -47,7 +47,7 @@ def architectures() -> list[Architecture]:
     """All of them, by name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return [named(n) for n in sorted([*CONFIG_MAPPING_NAMES, *coverage_diffusers.names()])]
+    return [named(n) for n in sorted([*CONFIG_MAPPING_NAMES, *VARIANTS, *coverage_diffusers.names()])]
 
 
 _checked: dict[str, tuple[int, bool]] = {}
@@ -80,7 +80,7 @@ def _built(architecture: Architecture, implementation: str, seed: int, *, wide: 
     else:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        kind = CONFIG_MAPPING[architecture.name]
+        kind = CONFIG_MAPPING[VARIANTS.get(architecture.name, architecture.name)]
         config = kind(**options_of(kind, OPTIONS.get(architecture.name)))
         _set(config, implementation)
         part = MODELS.get(architecture.name, "").partition(":")[2]
@@ -103,6 +103,7 @@ def model_class(name: str, config: type) -> type[nn.Module]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     path = config.__module__.replace("configuration_", "modeling_")
+    name = VARIANTS.get(name, name)
     wanted = MODELS.get(name, "").partition(":")[0] or MODEL_MAPPING_NAMES.get(name)
     if isinstance(wanted, str) and "." in wanted:
         path, wanted = wanted.rsplit(".", 1)
