@@ -1,5 +1,5 @@
-"""The transformers of diffusers, tiny: constructor arguments from the signature, inputs from the names
-of forward's arguments; `coverage_table_diffusers` holds what neither tells."""
+"""The transformers of diffusers, tiny: constructor arguments from the signature, inputs from the
+names of forward's arguments; `coverage_table_diffusers` holds what neither tells."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from coverage_inputs_diffusers import INPUTS
 from coverage_shrink import small
-from coverage_table_diffusers import ARGUMENTS, INPUTS, LEFT_OUT
+from coverage_table_diffusers import ARGUMENTS, LEFT_OUT
 from torch import Tensor, nn
 
 __all__ = ["LEFT_OUT", "build", "guesses", "names"]
@@ -79,9 +80,9 @@ def _classes() -> dict[str, type[nn.Module]]:
     for item in pkgutil.iter_modules(transformers.__path__):
         module = importlib.import_module(f"{transformers.__name__}.{item.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, ModelMixin):
-                if value.__module__ == module.__name__:
-                    found[f"diffusers/{value.__name__}"] = value
+            is_model = isinstance(value, type) and issubclass(value, ModelMixin)
+            if is_model and value.__module__ == module.__name__:
+                found[f"diffusers/{value.__name__}"] = value
     return found
 
 
@@ -167,14 +168,16 @@ def guesses(name: str, model: nn.Module, generator: torch.Generator) -> Iterator
         "height": 4,
         "width": 4,
     }
+    masks = [n for n in given if "mask" in n]
     rows = {n: x for n, x in packed.items() if n in takes}
     for timestep in (torch.tensor([10.0, 500.0]), torch.tensor([10, 500]), torch.tensor(10)):
         times = {"timestep": timestep} if "timestep" in takes else {}
-        for key in ("hidden_states", "x"):
-            if key not in takes:
-                continue
-            yield {key: drawn(BATCH, 16, channels)} | rows | given | times
-            yield {key: drawn(BATCH, channels, 8, 8)} | given | times
-            yield {key: drawn(BATCH, channels, 2, 8, 8)} | given | times
-            yield {key: drawn(BATCH, 2, channels, 8, 8)} | given | times
-            yield {key: drawn(BATCH, channels, 16)} | given | times
+        for bools in (False, True)[: 1 + bool(masks)]:
+            more = given | ({n: given[n].bool() for n in masks} if bools else {}) | times
+            for key in ("hidden_states", "x"):
+                if key not in takes:
+                    continue
+                yield {key: drawn(BATCH, 16, channels)} | rows | more
+                for shape in ((channels, 8, 8), (channels, 2, 8, 8), (2, channels, 8, 8)):
+                    yield {key: drawn(BATCH, *shape)} | more
+                yield {key: drawn(BATCH, channels, 16)} | more

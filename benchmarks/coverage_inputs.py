@@ -36,11 +36,11 @@ def guesses(model: nn.Module, generator: torch.Generator) -> Iterator[Inputs]:
     yield from (base | more for more in _states(takes, config, generator))
 
 
-def words(
-    generator: torch.Generator, length: int = LENGTH, vocabulary: int = VOCABULARY
-) -> Tensor:
+def words(generator: torch.Generator, length: int = LENGTH, vocabulary: int = VOCABULARY) -> Tensor:
     """Ids of tokens without a meaning of their own."""
-    return torch.randint(50 if vocabulary > 60 else 3, vocabulary, (BATCH, length), generator=generator)
+    return torch.randint(
+        50 if vocabulary > 60 else 3, vocabulary, (BATCH, length), generator=generator
+    )
 
 
 def mask(length: int = LENGTH, padded: int = PADDED) -> Tensor:
@@ -72,7 +72,7 @@ def _texts(takes: Mapping[str, Any], config: Any, generator: torch.Generator) ->
 def _merged(
     model: nn.Module, takes: Mapping[str, Any], media: Inputs, generator: torch.Generator
 ) -> Iterator[Inputs]:
-    """Text with as many tokens of the image or the sound in it as the model makes features of it."""
+    """Text with as many tokens of an image or a sound in it as the model makes features of it."""
     config: Any = model.config
     for kind in ("image", "audio"):
         token = next(
@@ -92,7 +92,9 @@ def _merged(
                 features = encode(**{n: x for n, x in media.items() if n in allowed})
         except Exception:
             continue
-        features = getattr(features, "pooler_output", None) if hasattr(features, "keys") else features
+        features = (
+            getattr(features, "pooler_output", None) if hasattr(features, "keys") else features
+        )
         count = _count(features) // BATCH
         if not count:
             continue
@@ -125,9 +127,7 @@ def _field(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-def _towers(
-    takes: Mapping[str, Any], config: Any, generator: torch.Generator
-) -> Iterator[Inputs]:
+def _towers(takes: Mapping[str, Any], config: Any, generator: torch.Generator) -> Iterator[Inputs]:
     """Images as patches in a row, with the heights and widths of the images."""
     vision = getattr(config, "vision_config", None) or config
     patch = _field(vision, "patch_size", default=14)
@@ -167,9 +167,7 @@ def _towers(
             yield {"pixel_values": flat, position: places.expand(BATCH, -1, -1).clone()}
 
 
-def _media(
-    takes: Mapping[str, Any], config: Any, generator: torch.Generator
-) -> Iterator[Inputs]:
+def _media(takes: Mapping[str, Any], config: Any, generator: torch.Generator) -> Iterator[Inputs]:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
@@ -207,15 +205,15 @@ def _media(
     yield from _sounds(takes, config, generator)
 
 
-def _sounds(
-    takes: Mapping[str, Any], config: Any, generator: torch.Generator
-) -> Iterator[Inputs]:
+def _sounds(takes: Mapping[str, Any], config: Any, generator: torch.Generator) -> Iterator[Inputs]:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     names = ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_dim")
     names = ("feature_projection_input_dim", *names)
-    mels = _field(config, *names, "input_feat_size", "mel_bins", "input_size", "num_mels", default=16)
+    mels = _field(
+        config, *names, "input_feat_size", "mel_bins", "input_size", "num_mels", default=16
+    )
     mels = mels if isinstance(mels, int) else 16
     steps = 2 * int(_field(config, "max_source_positions", "n_ctx", default=64) or 64)
     for name in ("input_features", "audio_features", "audio_input_features", "audio_values", "x"):
@@ -260,10 +258,17 @@ def _sounds(
         yield {"input_values": drawn(BATCH, time, mels)}
     if "past_values" in takes:
         context = int(_field(config, "context_length", default=32))
-        yield {"past_values": drawn(BATCH, context, int(_field(config, "num_input_channels", default=1)))}
+        yield {
+            "past_values": drawn(
+                BATCH, context, int(_field(config, "num_input_channels", default=1))
+            )
+        }
         yield {"past_values": drawn(BATCH, context)}
         lags = max(getattr(config, "lags_sequence", None) or [0])
-        past, future = drawn(BATCH, context + lags), drawn(BATCH, int(_field(config, "prediction_length", default=4)))
+        past, future = (
+            drawn(BATCH, context + lags),
+            drawn(BATCH, int(_field(config, "prediction_length", default=4))),
+        )
         features = int(_field(config, "num_time_features", default=0))
         yield {
             "past_values": past,
@@ -274,14 +279,17 @@ def _sounds(
         }
 
 
-def _states(
-    takes: Mapping[str, Any], config: Any, generator: torch.Generator
-) -> Iterator[Inputs]:
+def _states(takes: Mapping[str, Any], config: Any, generator: torch.Generator) -> Iterator[Inputs]:
     """Vectors instead of tokens."""
-    widths = [getattr(config, n, None) for n in ("input_dim", "hidden_size", "d_model", "dim", "embed_dim")]
+    widths = [
+        getattr(config, n, None)
+        for n in ("input_dim", "hidden_size", "d_model", "dim", "embed_dim")
+    ]
     width = next((x for x in widths if isinstance(x, int)), 64)
     hidden = torch.randn(BATCH, LENGTH, width, generator=generator)
-    other = getattr(config, "encoder_hidden_size", None) or getattr(config, "cross_hidden_size", None)
+    other = getattr(config, "encoder_hidden_size", None) or getattr(
+        config, "cross_hidden_size", None
+    )
     context = torch.randn(BATCH, 11, other or width, generator=generator)
     masked = {"attention_mask": mask()} if "attention_mask" in takes else {}
     crossed: Inputs = {"encoder_hidden_states": context} if "encoder_hidden_states" in takes else {}

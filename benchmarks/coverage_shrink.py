@@ -17,13 +17,16 @@ WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(max_|sub_|char_|text_|audio_)?vocab_size(_per_layer_input)?|entity_vocab_size", VOCABULARY),
-    (r"codebook_size", 64),
+    (r"codebook_size|\w+_group_vocab", 64),
     (r"(\w+_)?num_key_value_heads|num_kv_heads|n_head_kv|num_key_value_groups", 2),
     (r"\w*linear_num_key_heads|linear_num_value_heads", 2),
     (r"(\w+_)?num_(attention_)?heads|n_heads?|(en|de)coder_attention_heads", HEADS),
     (r"(\w+_)?(attn|attention)_heads|nheads|\w+_n_heads?|num_heads_\w+", HEADS),
     (r"(\w+_)?(head_dim|dim_head)|d_kv|attention_head_size|head_size|attention_key_size", HEAD),
-    (r"qk_nope_head_dim|v_head_dim|attention_head_dim|mamba_d_head|linear_(key|value)_head_dim", HEAD),
+    (
+        r"qk_nope_head_dim|v_head_dim|attention_head_dim|mamba_d_head|linear_(key|value)_head_dim",
+        HEAD,
+    ),
     (r"qk_rope_head_dim|index_head_dim", HEAD),
     (r"rotary_dim|rotary_emb_dim", 8),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank|\w*lora_rank|\w*rank_dim", 32),
@@ -155,8 +158,7 @@ def options_of(kind: type, given: Mapping[str, Any] | None = None) -> dict[str, 
                 continue
             made = options_of(part, {**_outputs(getattr(default, name, None)), **inner})
             given[name] = {**made, "model_type": part.model_type} if part.model_type else made
-    options = {**_related(kind, options, names, default, given), **given}
-    return options
+    return {**_related(kind, options, names, default, given), **given}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -240,7 +242,9 @@ def _related(
             made.update({n: [held[i] for i in sorted(first)] for n, held in lists.items()})
     rope = _held(default, "rope_parameters")
     if isinstance(rope, dict) and "rope_parameters" in names and "rope_parameters" not in given:
-        width = value("head_dim") or (value("hidden_size") or 64) // (value("num_attention_heads") or 1)
+        width = value("head_dim") or (value("hidden_size") or 64) // (
+            value("num_attention_heads") or 1
+        )
         if _sectioned(kind) and "mrope_section" not in rope and "rope_type" in rope:
             rope = rope | {"mrope_section": [1, 1, 1]}
         changed = _rope(rope, width)

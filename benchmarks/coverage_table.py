@@ -1,4 +1,4 @@
-"""What the shrinker and the guesses of inputs cannot know of single architectures of transformers."""
+"""What neither the shrinker nor the guesses of inputs can know of architectures of transformers."""
 
 from __future__ import annotations
 

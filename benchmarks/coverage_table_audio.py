@@ -28,13 +28,27 @@ CODEC = {
     "codebook_dim": 16,
     "num_lstm_layers": 1,
 }
-T5 = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "num_layers": 2,
-      "vocab_size": 99}
+T5 = {
+    "model_type": "t5",
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_heads": 4,
+    "num_layers": 2,
+    "vocab_size": 99,
+}
 MUSIC = {
     "text_encoder": T5,
     "audio_encoder": CODEC,
-    "decoder": {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96,
-                "num_attention_heads": 4, "num_codebooks": 4, "max_position_embeddings": 64},
+    "decoder": {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "ffn_dim": 96,
+        "num_attention_heads": 4,
+        "num_codebooks": 4,
+        "max_position_embeddings": 64,
+    },
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -109,7 +123,12 @@ def _semantic(config: Any, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _deep(config: Any, generator: torch.Generator) -> dict[str, Any]:
-    return {"input_ids": words(generator, config.num_codebooks), "use_cache": False}
+    states = torch.randn(BATCH, config.num_codebooks, config.input_size, generator=generator)
+    return {
+        "input_ids": words(generator, config.num_codebooks),
+        "last_hidden_state": states,
+        "use_cache": False,
+    }
 
 
 def _masked(config: Any, generator: torch.Generator) -> dict[str, Any]:

@@ -54,7 +54,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "glm5_next": {"text_config": {"index_kpool": 4}},
-    "mllama": {"vision_config": TILES},
+    "mllama": {"vision_config": TILES, "text_config": {"cross_attention_layers": [1]}},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": TILES,
     "qwen4_exp": {"text_config": TEXTS["qwen4_exp_text"]},
 }
@@ -102,9 +103,7 @@ def _regions(config: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
         "input_ids": words(generator),
         "attention_mask": mask(),
-        "visual_embeds": torch.randn(
-            BATCH, 5, config.visual_embedding_dim, generator=generator
-        ),
+        "visual_embeds": torch.randn(BATCH, 5, config.visual_embedding_dim, generator=generator),
         "visual_attention_mask": mask(5, 2),
         "visual_token_type_ids": torch.ones(BATCH, 5, dtype=torch.long),
     }

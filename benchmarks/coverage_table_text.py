@@ -15,7 +15,12 @@ ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
-SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 1}
+SERIES = {
+    "prediction_length": 4,
+    "context_length": 16,
+    "lags_sequence": [1, 2, 3],
+    "num_time_features": 1,
+}
 
 BLOCKS = {
     "attention_type": "block_sparse",
@@ -43,6 +48,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "glm5_next_text": {"index_kpool": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "informer": SERIES,
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "led": {"attention_window": 8, "max_encoder_position_embeddings": 64},
     "longformer": {"attention_window": 8},

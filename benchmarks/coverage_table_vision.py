@@ -10,7 +10,13 @@ from coverage_inputs import BATCH, mask
 
 __all__ = ["INPUTS", "LEFT_OUT", "MODELS", "OPTIONS"]
 
-WINDOWS = {"image_size": 32, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+WINDOWS = {
+    "image_size": 32,
+    "embed_dim": 32,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
 HGNET = {
     "model_type": "hgnet_v2",
     "embedding_size": 16,
@@ -24,7 +30,11 @@ HGNET = {
     "stage_numb_of_layers": [1, 1, 1, 1],
     "out_features": ["stage2", "stage3", "stage4"],
 }
-STAGES = {"encoder_in_channels": [16, 32, 32], "decoder_in_channels": [64, 64, 64], "anchor_image_size": None}
+STAGES = {
+    "encoder_in_channels": [16, 32, 32],
+    "decoder_in_channels": [64, 64, 64],
+    "anchor_image_size": None,
+}
 RESNET = {
     "model_type": "rt_detr_resnet",
     "embedding_size": 16,
@@ -47,11 +57,11 @@ HIERA = {
     "hidden_size": 16,
     "num_attention_heads": 1,
     "image_size": [64, 64],
-    "blocks_per_stage": [1, 2, 2, 1],
+    "blocks_per_stage": [1, 2, 3, 1],
     "embed_dim_per_stage": [16, 32, 64, 128],
     "num_attention_heads_per_stage": [1, 2, 4, 8],
     "window_size_per_stage": [8, 4, 4, 4],
-    "global_attention_blocks": [3],
+    "global_attention_blocks": [4],
     "window_positional_embedding_background_size": [4, 4],
 }
 HIERA_VISION = {
@@ -83,8 +93,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "efficientnet": {"hidden_dim": 2560},
     "depth_pro": {"intermediate_hook_ids": [1, 0]},
     "lw_detr": {
-        "backbone_config": {**DETR_VIT, "model_type": "lw_detr_vit", "hidden_size": 64,
-                            "num_hidden_layers": 2, "num_attention_heads": 4},
+        "backbone_config": {
+            **DETR_VIT,
+            "model_type": "lw_detr_vit",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
         "projector_scale_factors": [1.0],
     },
     "lw_detr_vit": DETR_VIT,
@@ -113,8 +128,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sam2": {"vision_config": HIERA_VISION, "prompt_encoder_config": {"image_size": 64}},
     "sam2_hiera_det_model": {n: x for n, x in HIERA.items() if n != "model_type"},
     "sam2_vision_model": HIERA_VISION,
-    "sapiens2": {"num_first_full_attention_layers": 1, "num_last_full_attention_layers": 0,
-                 "num_key_value_attention_heads": 2},
+    "sapiens2": {
+        "num_first_full_attention_layers": 1,
+        "num_last_full_attention_layers": 0,
+        "num_key_value_attention_heads": 2,
+    },
     "superglue": {"hidden_size": 256},
     "swin": WINDOWS,
     "swinv2": WINDOWS,

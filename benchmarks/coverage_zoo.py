@@ -1,5 +1,5 @@
-"""Every architecture of transformers and of diffusers that can be built offline, tiny and with random
-weights, and inputs for it.
+"""Every architecture of transformers and of diffusers that can be built offline, tiny and with
+random weights, and inputs for it.
 
 An architecture is a configuration class and the model that it configures. Configurations are shrunk
 by `coverage_shrink`, inputs are made by `coverage_inputs` from the names of forward's arguments;
@@ -47,7 +47,9 @@ def architectures() -> list[Architecture]:
     """All of them, by name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return [named(n) for n in sorted([*CONFIG_MAPPING_NAMES, *VARIANTS, *coverage_diffusers.names()])]
+    return [
+        named(n) for n in sorted([*CONFIG_MAPPING_NAMES, *VARIANTS, *coverage_diffusers.names()])
+    ]
 
 
 _checked: dict[str, tuple[int, bool]] = {}
@@ -114,9 +116,10 @@ def model_class(name: str, config: type) -> type[nn.Module]:
         return found
     for value in vars(module).values():
         is_model = isinstance(value, type) and issubclass(value, PreTrainedModel)
-        if is_model and value.__module__ == module.__name__ and value.config_class is config:
-            if not value.__name__.endswith("PreTrainedModel"):
-                return value
+        if not is_model or value.__module__ != module.__name__ or value.config_class is not config:
+            continue
+        if not value.__name__.endswith("PreTrainedModel"):
+            return value
     raise LookupError(f"no model class of {config.__name__} in {module.__name__}")
 
 
