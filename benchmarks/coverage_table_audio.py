@@ -59,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "speech_config": {"num_attention_heads": 2},
     },
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
-    "fastspeech2_conformer_with_hifigan": {"model_config": {"vocab_size": 99}},
+    "fastspeech2_conformer_with_hifigan": {"model_config": {"vocab_size": 99, "num_mel_bins": 80}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
     "phi4_multimodal_audio": {

@@ -28,31 +28,32 @@ CODES = {f"IMGIMG{x}BB": 60 + i for i, x in enumerate("ABCD")}
 
 TILES = {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192, "num_global_layers": 2}
 
+SHUFFLED = {
+    "intermediate_size": 256,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "vision_output_dim": 64,
+}
+
 OPTIONS: dict[str, dict[str, Any]] = {
-    "align": {"projection_dim": 640, "text_config": {"hidden_size": 64}},
+    "align": {
+        "projection_dim": 160,
+        "text_config": {"hidden_size": 64},
+        "vision_config": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
+    },
     "blip-2": {"text_config": OPT, "image_token_index": IMAGE},
     "chameleon": {"vocabulary_map": {"<image>": IMAGE, **CODES}},
     "instructblip": {"text_config": OPT, "image_token_index": IMAGE},
     "instructblipvideo": {"text_config": OPT, "video_token_index": IMAGE},
     "lilt": {"hidden_size": 96},
-    "llama4_vision_model": {
-        "intermediate_size": 256,
-        "projector_input_dim": 64,
-        "projector_output_dim": 64,
-        "vision_output_dim": 64,
-    },
+    "llama4": {"vision_config": SHUFFLED},
+    "llama4_vision_model": SHUFFLED,
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
-    "emu3": {
-        "vocabulary_map": {
-            "<image>": IMAGE,
-            "<|extra_200|>": 6,
-            **{f"<|visual token {i:06d}|>": 30 + i for i in range(60)},
-        }
-    },
+    "emu3": {"vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 6}},
     "glm5_next": {"text_config": {"index_kpool": 4}},
     "mllama": {"vision_config": TILES, "text_config": {"cross_attention_layers": [1]}},
     "mllama_text_model": {"cross_attention_layers": [1]},

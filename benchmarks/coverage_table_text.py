@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": EXPERTS,
     "esm": {"vocab_size": 99, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "glm5_next_text": {"index_kpool": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "informer": SERIES,
     "bamba": {"attn_layer_indices": [1]},

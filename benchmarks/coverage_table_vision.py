@@ -85,8 +85,9 @@ DETR_VIT = {
 }
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "align_vision_model": {},
+    "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
     "bit": {"num_groups": 4},
+    "cvt": {"depth": [1, 2, 3]},
     "d_fine": {"backbone_config": HGNET, **STAGES},
     "deimv2": {"backbone_config": HGNET, **STAGES},
     "donut-swin": WINDOWS,
@@ -136,7 +137,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "superglue": {"hidden_size": 256},
     "swin": WINDOWS,
     "swinv2": WINDOWS,
-    "textnet": {},
     "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
     "vitmatte": {"fusion_hidden_sizes": [32, 32, 16, 16]},
     "vitdet": {"window_block_indices": [0], "window_size": 2},
