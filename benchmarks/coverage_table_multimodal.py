@@ -58,6 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mllama": {"vision_config": TILES, "text_config": {"cross_attention_layers": [1]}},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": TILES,
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "qwen4_exp": {"text_config": TEXTS["qwen4_exp_text"]},
 }
 

@@ -126,19 +126,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "vision_config": SAM,
         "mask_decoder_config": {"vit_dim": 64},
     },
-    "sam2": {"vision_config": HIERA_VISION, "prompt_encoder_config": {"image_size": 64}},
+    "sam2": {
+        "vision_config": HIERA_VISION,
+        "prompt_encoder_config": {"image_size": 64, "patch_size": 16},
+    },
     "sam2_hiera_det_model": {n: x for n, x in HIERA.items() if n != "model_type"},
     "sam2_vision_model": HIERA_VISION,
-    "sapiens2": {
-        "num_first_full_attention_layers": 1,
-        "num_last_full_attention_layers": 0,
-        "num_key_value_attention_heads": 2,
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
+    "sam3_tracker": {
+        "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        "prompt_encoder_config": {"image_size": 32, "patch_size": 8},
     },
+    "seggpt": {"image_size": [64, 32]},
+    "zoedepth": {"bottleneck_features": 64},
     "superglue": {"hidden_size": 256},
     "swin": WINDOWS,
     "swinv2": WINDOWS,
     "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
-    "vitmatte": {"fusion_hidden_sizes": [32, 32, 16, 16]},
+    "vitmatte": {"backbone_config": {"patch_size": 16}, "fusion_hidden_sizes": [32, 32, 16, 16]},
     "vitdet": {"window_block_indices": [0], "window_size": 2},
 }
 
@@ -150,9 +155,9 @@ def _drawn(*shape: int) -> Callable[[Any, torch.Generator], torch.Tensor]:
 
 
 def _prompted(config: Any, generator: torch.Generator) -> dict[str, Any]:
-    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    side = config.image_size[1]
     names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
-    return {n: torch.randn(BATCH, 3, side // 1, side, generator=generator) for n in names}
+    return {n: torch.randn(BATCH, 3, side, side, generator=generator) for n in names}
 
 
 def _tasked(config: Any, generator: torch.Generator) -> dict[str, Any]:
