@@ -119,14 +119,15 @@ def build(name: str, implementation: str) -> nn.Module:
 
 
 def _eager(model: Any) -> None:
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
-    held = {type(x) for x in getattr(model, "attn_processors", {}).values()}
-    if not held or held - {AttnProcessor, AttnProcessor2_0}:
+    layers = [x for x in model.modules() if hasattr(x, "set_processor")]
+    held = {type(x.processor) for x in layers}
+    plain = all(type(x) is Attention for x in layers)
+    if not held or held - {AttnProcessor, AttnProcessor2_0} or not plain:
         raise NotImplementedError("this model of diffusers has no eager attention")
-    for module in model.modules():
-        if hasattr(module, "set_processor"):
-            module.set_processor(AttnProcessor())
+    for module in layers:
+        module.set_processor(AttnProcessor())
 
 
 def guesses(name: str, model: nn.Module, generator: torch.Generator) -> Iterator[dict[str, Any]]:

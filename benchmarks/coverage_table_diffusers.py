@@ -238,8 +238,9 @@ ARGUMENTS = {f"diffusers/{name}": held for name, held in ARGUMENTS.items()}
 """Arguments of a constructor."""
 
 _PACKED = """
-AnyFlowFARTransformer3DModel Cosmos3OmniTransformer HunyuanVideoFramepackTransformer3DModel
-Ideogram4Transformer2DModel JoyImageEditPlusTransformer3DModel Kandinsky6SRTransformer3DModel
+AnyFlowFARTransformer3DModel BriaFibo2Transformer2DModel Cosmos3OmniTransformer
+HunyuanVideoFramepackTransformer3DModel Ideogram4Transformer2DModel
+JoyImageEditPlusTransformer3DModel Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel
 MiniMaxH3Transformer3DModel QwenImage21Transformer2DModel RFD4ProteinaTransformer
 SanaWMLTX2RefinerTransformer3DModel SanaWMTransformer3DModel WanAnimate2Transformer3DModel
 WanAnimateTransformer3DModel

@@ -8,6 +8,7 @@ by `coverage_shrink`, inputs are made by `coverage_inputs` from the names of for
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,20 +84,33 @@ def _built(architecture: Architecture, implementation: str, seed: int, *, wide: 
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         kind = CONFIG_MAPPING[VARIANTS.get(architecture.name, architecture.name)]
-        config = kind(**options_of(kind, OPTIONS.get(architecture.name)))
-        _set(config, implementation)
         part = MODELS.get(architecture.name, "").partition(":")[2]
-        model = model_class(architecture.name, kind)(getattr(config, part) if part else config)
+        cls = model_class(architecture.name, kind)
+        options = options_of(kind, OPTIONS.get(architecture.name))
+
+        def made(parts: bool) -> nn.Module:
+            config = kind(**copy.deepcopy(options))
+            _set(config, implementation, parts=parts)
+            torch.manual_seed(seed)
+            return cls(getattr(config, part) if part else config)
+
+        try:
+            model = made(parts=True)
+        except ValueError as error:
+            if "attn_implementation" not in str(error):
+                raise
+            model = made(parts=False)  # a part refuses, such as a backbone of convolutions
     if wide:
         _widen(model, seed)
     return model.float().eval()
 
 
-def _set(config: Any, implementation: str) -> None:
-    config._attn_implementation = implementation
-    for part in vars(config).values():
+def _set(config: Any, implementation: str, *, parts: bool) -> None:
+    """Asks for an implementation, of the whole only or of its parts too."""
+    config._attn_implementation = implementation if parts else {"": implementation}
+    for part in vars(config).values() if parts else ():
         if hasattr(part, "_attn_implementation"):
-            _set(part, implementation)
+            _set(part, implementation, parts=True)
 
 
 def model_class(name: str, config: type) -> type[nn.Module]:
