@@ -55,6 +55,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens of the random text that is run.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write the report as a page, too.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows of the random batch that is run.")]
 
 
@@ -133,18 +134,25 @@ def inspect_command(
     device: Device = "cpu",
     batch: Batch = 2,
     length: Length = 16,
+    every: Annotated[
+        bool, typer.Option("--every", help="A row for every site, those that are alike too.")
+    ] = False,
+    html: Html = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show every attention of a model: its formula, and what the passes would do to it."""
+    """Show the attention of a model: formula, mask, cost, and what the passes would do to it."""
     from rewriter.optimize import inspect
 
+    _check_page(html)
     requests = registry.read_requests(passes or ())
     with _working(debug) as step:
         model, plan = _open(directory, device, step)
         step("reading its attention")
         report = inspect(model, _inputs(model, batch, length), *plan.passes, *requests)
-    _emit(as_json, report.to_dict(), report)
+        if html is not None:
+            report.save(html)
+    _emit(as_json, report.to_dict(), report.table(every=every))
 
 
 @app.command("optimize")
@@ -211,7 +219,7 @@ def verify_command(
             "heads (2^28 on CUDA), and from a --length of 8 times its head dimension."
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page, too.")] = None,
+    html: Html = None,
     device: Device = "cpu",
     batch: Batch = 2,
     length: Length = 16,
@@ -224,8 +232,7 @@ def verify_command(
 
     notes: list[str] = []
     changed: list[str] = []
-    if html is not None and (html.suffix != ".html" or not html.parent.is_dir()):
-        raise InputError(f"--html {html}: give an .html file in a directory that exists")
+    _check_page(html)
     with _working(debug) as step:
         original, first = _open(directory, device, step)
         if first.passes:
@@ -347,6 +354,16 @@ def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
     from rewriter.examples import example_inputs
 
     return example_inputs(model, batch=batch, length=length)
+
+
+def _check_page(html: Path | None) -> None:
+    """Refuses a page that could not be written, before the work.
+
+    Raises:
+        InputError: the path is no .html file in a directory that exists.
+    """
+    if html is not None and (html.suffix != ".html" or not html.parent.is_dir() or html.is_dir()):
+        raise InputError(f"--html {html}: give an .html file in a directory that exists")
 
 
 def _everywhere(requests: Sequence[Request]) -> tuple[Request, ...]:

@@ -63,13 +63,42 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- inspect -------------------------------------------------------------------------------------
 
 
-def test_inspect_prints_each_site_with_its_formula(run: Command, decoder: Path) -> None:
+def test_inspect_prints_layers_that_are_alike_as_one_row(run: Command, decoder: Path) -> None:
     code, out, err = run("inspect", decoder)
     assert (code, err) == (0, "")
     assert "2 attention sites" in out
-    assert "model.layers.1.self_attn" in out
+    assert "model.layers.*.self_attn" in out
     assert "k ≤ q" in out
+    assert "mask: causal" in out
     assert "GQA 4/2" in out
+
+
+def test_inspect_prints_a_row_for_every_site_on_request(run: Command, decoder: Path) -> None:
+    out = run("inspect", decoder, "--every").out
+    assert "model.layers.0.self_attn" in out
+    assert "model.layers.1.self_attn" in out
+
+
+def test_inspect_writes_a_page(run: Command, decoder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    done = run("inspect", decoder, "--html", path, "--json")
+    assert done.code == 0, done.err
+    assert len(done.json["sites"]) == 2
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<section") == 1
+    assert "136 of 256 cells are seen" in text
+
+
+@pytest.mark.parametrize("name", ["page.pdf", "none/page.html", "folder.html"])
+def test_a_page_that_cannot_be_written_is_one_line(
+    run: Command, decoder: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    code, out, err = run("inspect", decoder, "--html", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"rewriter: --html {tmp_path / name}: give an .html file in a directory that exists\n"
+    )
 
 
 def test_inspect_as_json_is_the_report(run: Command, encoder: Path) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from rewriter.report import SiteReport
+from rewriter.report.style import STYLE
 from rewriter.verify.compare import RATIO
 from rewriter.verify.plots import heat_map, histogram, ratios
 from rewriter.verify.report import VerifyReport
 from rewriter.verify.rows import Errors, Kind, VerifyRow
-from rewriter.verify.style import STYLE
 
 __all__ = ["page_of"]
 

@@ -4,18 +4,16 @@ exception."""
 from __future__ import annotations
 
 import io
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from rewriter.errors import InputError, NotEquivalent
+from rewriter.errors import NotEquivalent
 from rewriter.report import Report, SiteReport
+from rewriter.report.saving import save_report
 from rewriter.verify.continuations import GenerationReport
 from rewriter.verify.memory import MemoryUse
 from rewriter.verify.rows import Errors, Kind, VerifyRow, counted
@@ -112,20 +110,9 @@ class VerifyReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to `path`, whole or not at all: `.json`, or `.html`, one page."""
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise InputError(f"{target}: the directory {target.parent} does not exist; make it")
-        if target.suffix == ".json":
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        elif target.suffix == ".html":
-            from rewriter.verify.page import page_of
+        from rewriter.verify.page import page_of
 
-            text = page_of(self)
-        else:
-            raise InputError(
-                f"{target.name}: a report is saved as .json or .html; give the file that suffix"
-            )
-        _write_whole(target, text)
+        save_report(path, self.to_dict, lambda: page_of(self))
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -179,15 +166,3 @@ def _site(line: SiteReport) -> dict[str, Any]:
         "passes": list(line.passes),
         "why": line.reason,
     }
-
-
-def _write_whole(target: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -184,7 +184,7 @@ def test_a_report_is_written_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"report\.json cannot be written: No space left"):
         bad.save(path)
     assert path.read_text() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,17 +1,18 @@
-"""What was found, what was done about it and why: one line a site."""
+"""The report of a model: every softmax, what was done about it and why."""
 
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rewriter.cost import cost_of
+from rewriter.report.groups import SiteGroup, groups_of
+from rewriter.report.saving import save_report
 from rewriter.sites import Site
 from rewriter.spec import Spec
 
@@ -98,28 +99,37 @@ class Report:
             "sites": [s.to_dict() for s in self.sites],
         }
 
-    def __rich__(self) -> Table:
-        table = Table(
-            title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        many = self.graphs > 1
-        for name in (*(("graph",) if many else ()), "layer", "site", "kind"):
-            table.add_column(name, no_wrap=name != "site")
-        table.add_column("formula", overflow="fold")
-        table.add_column("decision", overflow="fold")
-        for s in self.sites:
-            layer = "" if s.site.layer is None else str(s.site.layer)
-            row = [layer, s.site.name, _kind(s), _formula(s), _decision(s)]
-            table.add_row(*(Text(x) for x in ([str(s.graph)] if many else []) + row))
-        if self.notes:
-            table.caption = Text("\n".join(self.notes))
-            table.caption_justify = "left"
-        return table
+    @property
+    def groups(self) -> tuple[SiteGroup, ...]:
+        """The sites, those that are alike as one: the rows of the table and of the page."""
+        return groups_of(self.sites)
 
-    def _title(self) -> str:
+    @property
+    def headline(self) -> str:
+        """What was found, in one line."""
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         found = f"{len(self.attention)} attention sites in {graphs}"
         return f"{found}, {len(self.rewritten)} rewritten, {self.opaque} opaque reads"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to `path`, whole or not at all: `.json`, or `.html`, one page with the
+        masks as pictures.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        from rewriter.report.page import page_of
+
+        save_report(path, self.to_dict, lambda: page_of(self))
+
+    def table(self, *, every: bool = False) -> Table:
+        """The report for a terminal: a row for the sites that are alike, or for every site."""
+        from rewriter.report.table import table_of
+
+        return table_of(self, every=every)
+
+    def __rich__(self) -> Table:
+        return self.table()
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160, force_terminal=False)
@@ -131,39 +141,3 @@ class Report:
 def _cost(site: Site) -> dict[str, str] | None:
     cost = cost_of(site)
     return None if cost is None else {name: str(value) for name, value in vars(cost).items()}
-
-
-def _kind(s: SiteReport) -> str:
-    site = s.site
-    if site.spec is None:
-        return site.kind
-    cost = cost_of(site)
-    heads = f"{site.heads or '?'}"
-    if site.heads != site.kv_heads:
-        heads = f"GQA {site.heads or '?'}/{site.kv_heads or '?'}"
-    dims = (
-        f"{site.head_dim}"
-        if site.head_dim == site.value_dim
-        else f"{site.head_dim}/{site.value_dim}"
-    )
-    text = f"{'cross' if site.is_cross else 'self'}, {heads} heads, D {dims}"
-    return f"{text}\n{cost}" if cost is not None else text
-
-
-def _formula(s: SiteReport) -> str:
-    if s.site.spec is None:
-        return "-"
-    if s.after is None or s.after == s.site.spec:
-        return str(s.site.spec)
-    return f"{s.after}\n  was: {s.site.spec}"
-
-
-def _decision(s: SiteReport) -> str:
-    text: str = s.decision
-    if s.passes:
-        text += f" by {', '.join(s.passes)}"
-    if s.lowering:
-        text += f" ({s.lowering})"
-    if s.reason:
-        text += f": {s.reason}"
-    return "\n".join([text, *s.site.notes])

@@ -1,6 +1,6 @@
-"""The look of the page of a report."""
+"""The look of the pages of reports."""
 
-__all__ = ["STYLE"]
+__all__ = ["ROWS", "STYLE"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a8f4f; --bad: #d03b3b;
@@ -43,5 +43,33 @@ svg .none { fill: none; stroke: var(--line); fill-opacity: 1; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; } th, td { padding: .25rem .4rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; }
+}
+"""
+
+ROWS = """
+.row { display: grid; grid-template-columns: 5.5rem 14.5rem minmax(0, 1fr); gap: 0 1.2rem;
+  border-top: 1px solid var(--line); padding: 1rem 0; }
+.layer small { display: block; color: var(--text); } .layer b { font-size: 1.05rem; }
+.sheet > p:first-child { margin-top: 0; } .row .sheet dl { grid-template-columns: 5.5rem 1fr; }
+.sheet dl, .sheet details { font-size: .9rem; }
+.badge.plain { background: #6b6b6b; } .path .badge { font-size: .8rem; white-space: nowrap; }
+details.formula > code { display: block; margin-top: .4rem; }
+details ul { columns: 22rem; padding-left: 1.2rem; margin: .3rem 0; } summary { cursor: pointer; }
+.pictures { display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; align-content: start; }
+.pictures figure { max-width: 14.5rem; }
+.pictures figcaption { font-weight: 400; font-size: .8rem; line-height: 1.35; color: var(--text);
+  padding-left: 48px; }
+.pictures .was svg { width: 8rem; height: auto; }
+svg .field { fill: var(--soft); } svg .seen { fill: var(--model); }
+svg .mesh { stroke: Canvas; stroke-width: 1; fill: none; } svg .hatch { fill: var(--model); }
+.heads { display: inline-flex; flex-wrap: wrap; gap: 3px 5px; vertical-align: middle; }
+.heads span { display: inline-flex; gap: 1px; }
+.heads i { width: 9px; height: 9px; background: var(--model); display: block; }
+.heads span:nth-child(even) i { background: var(--own); }
+.heads.alone { gap: 2px; } .heads.alone i { background: var(--model) !important; }
+.others { padding-left: 1.2rem; } .others li { margin: .4rem 0; }
+@media (max-width: 52rem) {
+  .row { grid-template-columns: 1fr; gap: .6rem; }
+  .layer small { display: inline; margin-right: .4rem; } .pictures figure { max-width: 100%; }
 }
 """
