@@ -29,6 +29,7 @@ from rewriter.report.positions import position_words
 from rewriter.report.words import mask_words
 from rewriter.stages import Route
 from rewriter.symbols import IDiv, IMod, L, M, Minimum, Read, Where, b, h, k, q, s, size_symbol
+from rewriter.testing import strategies
 
 CAUSAL = k <= q
 n0 = size_symbol("n0")
@@ -191,6 +192,24 @@ MASKS: dict[str, tuple[Boolean, tuple[str, ...]]] = {
     "causal, turned around": (q >= k, ("causal",)),
     "strictly": (k < q, ("keys at least 1 back",)),
     "at the last key": (k <= q + M - L, ("causal, aligned at the last key",)),
+    "strictly, at the last key": (
+        k < q + M - L,
+        ("keys at least 1 back, aligned at the last key",),
+    ),
+    "ahead": (k <= q + 3, ("keys up to 3 ahead",)),
+    "anti-causal": (k >= q, ("keys from the query on",)),
+    "back, at the last key": (
+        q + M - L - k < 4,
+        ("keys at most 3 back, aligned at the last key",),
+    ),
+    "both sides, at the last key": (
+        Abs(k - q - M + L) <= 4,
+        ("window of 5 on both sides, aligned at the last key",),
+    ),
+    "both sides, shifted": (Abs(k - q - 2) <= 4, ("|q - k + 2| ≤ 4",)),
+    "lengths": (k < read("n", b), ("keys up to n[b] - 1",)),
+    "last keys": (k < M - 4, ("keys up to M - 5",)),
+    "first keys hidden": (k >= 4, ("not the first 4 keys",)),
     "behind a cache": (k <= q + n0, ("causal, query 0 at key n0",)),
     "window": (CAUSAL & (q - k < 4096), ("causal", "sliding window of 4,096")),
     "window, with its last key": (CAUSAL & (q - k <= 4095), ("causal", "sliding window of 4,096")),
@@ -256,6 +275,14 @@ BIASES: dict[str, tuple[Expr, tuple[str, ...]]] = {
         50 * sympy.tanh((s + sympy.Rational(1, 4) ** (h + 1) * (k - 127)) / 50),
         ("ALiBi-like: a slope for each head times the position of the key",),
     ),
+    "symmetric ALiBi": (
+        s - Abs(q - k) * read("slopes", h),
+        ("a bias by distance, for each head",),
+    ),
+    "ALiBi of counted keys": (
+        s + sympy.Rational(1, 4) ** (h + 1) * (read("n", b, k) - 1),
+        ("ALiBi-like: a slope for each head times the position of the key",),
+    ),
     "one slope": (s - 0.5 * k, ("a slope times the position of the key",)),
     "buckets": (
         s + read("w", Minimum(Abs(q - k), Integer(7)) + Where(k > q, 8, 0), h),
@@ -273,6 +300,12 @@ BIASES: dict[str, tuple[Expr, tuple[str, ...]]] = {
     "opaque": (s + read("t", b, h, q, k), ("a tensor of queries × keys (t)",)),
     "of keys": (s + read("t", b, k), ("a bias of the key (t)",)),
 }
+
+
+def test_values_of_keys_times_a_slope_are_no_positions() -> None:
+    what = spec(score=s + read("slopes", h) * read("v", b, k))
+    what = replace(what, tensors=tuple(replace(t, dtype="float32") for t in what.tensors))
+    assert position_words(what) == ("a bias of the key (v)",)
 
 
 @pytest.mark.parametrize(("score", "words"), BIASES.values(), ids=BIASES)
@@ -312,6 +345,8 @@ def dense(seen: Callable[[int, int], bool], step: int = 1) -> list[list[int]]:
         (Eq(IDiv(q, Integer(96)), IDiv(k, Integer(96))), 12, lambda i, j: i // 96 == j // 96),
         (CAUSAL & PADDING, 1, lambda i, j: j <= i),
         (CAUSAL & Eq(read("pad", b, k), 0), 1, lambda i, j: j <= i),
+        (CAUSAL & Eq(read("kind", b, k), 2), 1, lambda i, j: j <= i),
+        (CAUSAL & (k < read("n", b)), 1, lambda i, j: j <= i and j < 8),
         (CAUSAL & (k <= q + n0), 1, lambda i, j: j <= i),
     ],
 )
@@ -552,3 +587,26 @@ def test_a_model_of_equal_layers_is_one_row_and_every_row_on_request() -> None:
     assert "layers.*" in str(report)
     text = printed(report.table(every=True), 160)
     assert all(f"layers.{i}" in text for i in range(3))
+
+
+def test_whatever_is_drawn_at_random_is_printed_and_drawn(tmp_path: Path) -> None:
+    """The parts that random specs are put together from, each in a report."""
+    lines = []
+    for parts in (strategies.MASKS, strategies.BIASES, strategies.SCORES):
+        for name, part in sorted(parts.items()):
+            drawn_reads = strategies._Reads()
+            formula: Any = part(drawn_reads, s if parts is strategies.SCORES else 4)
+            given = {"mask": formula} if parts is strategies.MASKS else {"score": formula}
+            if parts is strategies.BIASES:
+                given = {"score": s + formula}
+            what = SoftmaxSpec(
+                **given,
+                tensors=tuple(drawn_reads.names.values()),
+                sizes=tuple(drawn_reads.sizes),
+            )
+            assert grid_of(what) is not None, name
+            lines.append(line(len(lines), what))
+    shown = page(report_of(*lines), tmp_path)
+    assert len(shown.grids) == len(lines) > 30
+    assert "not drawn: " not in shown.text
+    assert str(report_of(*lines)).count("mask: ") == len(lines)

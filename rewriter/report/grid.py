@@ -7,7 +7,7 @@ picture; so are the batch row, the head, and the value of a size that only a run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -20,9 +20,10 @@ from torch import Tensor
 from rewriter.evaluate import evaluate, tensor_of
 from rewriter.linear import LinearSpec
 from rewriter.report.positions import bias_terms
+from rewriter.report.stand_ins import StandIns
 from rewriter.report.words import mask_of
 from rewriter.spec import SoftmaxSpec, Spec
-from rewriter.symbols import Formula, IDiv, IMod, Read, b, h, k, q, reads
+from rewriter.symbols import Formula, IDiv, b, h, k, q, reads
 
 __all__ = ["CELLS", "Grid", "grid_of"]
 
@@ -62,7 +63,7 @@ def grid_of(spec: Spec, origins: Mapping[str, str] | None = None) -> Grid | None
     mask, bias = mask_of(spec), _bias(spec)
     step = _step(spec, mask)
     length = CELLS * step
-    stand_in = _Samples(spec, origins or {}, length)
+    stand_in = StandIns(spec, origins or {}, length)
     mask, bias = stand_in.mask(mask), stand_in.bias(bias)
     rows = 1 if spec.sizes and not any(x.has(q) for x in (mask, bias)) else CELLS
     sample = _Sample(spec, step, rows, length)
@@ -127,7 +128,7 @@ class _Sample:
             "q": queries,
             "k": keys,
             "B": _BATCH,
-            "H": 1,
+            "H": 8,
             "L": 1 if rows == 1 else length,
             "M": length,
         }
@@ -193,80 +194,3 @@ def _may_be_chosen(spec: Spec, sample: _Sample) -> Tensor | None:
         always = sympy.Eq(IDiv(position, Integer(route.block)), IDiv(k, Integer(route.block)))
     values = sample.values | dict.fromkeys(spec.sizes, 0)
     return ~sample.value(always, values, torch.bool)[0]
-
-
-# --- tensors --------------------------------------------------------------------------------------
-
-
-class _Samples:
-    """What stands for the tensors that a formula reads."""
-
-    def __init__(self, spec: Spec, origins: Mapping[str, str], length: int) -> None:
-        self.spec, self.origins, self.length = spec, origins, length
-        self.told: list[str] = []
-        self.tables: list[str] = []
-
-    def mask(self, mask: Formula) -> Formula:
-        """Keys are not padding, and segments are thirds of the sequence."""
-        compared = {
-            r.tensor
-            for x in mask.atoms(sympy.Eq)
-            if isinstance(x.lhs, Read) and isinstance(x.rhs, Read)
-            for r in (x.lhs, x.rhs)
-        }
-        hiding = {x.lhs for x in mask.atoms(sympy.Eq) if x.rhs == 0}
-        found: dict[Read, Expr] = {}
-        for read in _outer(mask):
-            at = read.index[-1:] if read.index else (Integer(0),)
-            if read.tensor in compared:
-                found[read] = IDiv(3 * at[0], Integer(self.length))
-                self._tell(f"three segments ({read.tensor})")
-            elif read in self.spec.opaque_reads():
-                found[read] = Integer(int(read not in hiding))
-            else:
-                found[read] = Integer(int(read not in hiding))
-                padding = read.index[:1] == (b,) and len(read.index) == 2
-                what = "no padding" if padding else "nothing hidden"
-                self._tell(f"{what} ({read.tensor})")
-        return cast(Formula, mask.xreplace(found))
-
-    def bias(self, bias: Expr) -> Expr:
-        """A table has another value at each entry, counted positions start at 1, a slope is 1."""
-        found = {read: self._of_bias(read) for read in _outer(bias)}
-        if self.tables:
-            names = ", ".join(dict.fromkeys(self.tables))
-            self._tell(f"shades: sample values, one for each entry of {names}")
-        return cast(Expr, bias.xreplace(found))
-
-    def _of_bias(self, read: Read) -> Expr:
-        name, at = read.tensor, [i for i in read.index if i.has(q, k)]
-        whole = self.spec.tensor(name).dtype.startswith(("int", "bool"))
-        if read in self.spec.opaque_reads():
-            return Integer(0)
-        if any(i.has(Read) for i in read.index):
-            self._tell(f"the entries of {name} are not drawn")
-            return Integer(0)
-        if read.has(q) and read.has(k):
-            self.tables.append(name)
-            # entries near each other get values far from each other
-            moving = next((i for i in at if i not in (q, k)), at[0])
-            return cast(Expr, IMod(61 * moving, Integer(97)) / Integer(97))
-        if "cumsum" in self.origins.get(name, ""):
-            return cast(Expr, read.index[-1] + 1)
-        if not at and read.has(h):
-            self._tell(f"slope 1 ({name})")
-            return Integer(1)
-        if not whole:
-            self._tell(f"{name} is not drawn")
-        return Integer(int(whole))
-
-    def _tell(self, text: str) -> None:
-        if text not in self.told:
-            self.told.append(text)
-
-
-def _outer(formula: Formula) -> Sequence[Read]:
-    """Reads that stand in no index of another."""
-    found = reads(formula)
-    inner = {x for r in found for i in r.index for x in i.atoms(Read)}
-    return sorted(found - inner, key=str)

@@ -29,7 +29,8 @@ def position_words(spec: Spec) -> tuple[str, ...]:
             return ()
         each = ", a rate for each head" if _by_head(spec.decay) else ""
         return (f"decay by distance{each}",)
-    words = [_of_term(x) for x in bias_terms(cast(SoftmaxSpec, spec).score)]
+    counts = frozenset(t.name for t in spec.tensors if t.dtype.startswith("int"))
+    words = [_of_term(x, counts) for x in bias_terms(cast(SoftmaxSpec, spec).score)]
     return tuple(dict.fromkeys(w for w in words if w))
 
 
@@ -64,17 +65,20 @@ def _from_key(x: Formula) -> Formula:
     return cast(Formula, x.func(*args))
 
 
-def _of_term(term: Expr) -> str:
+def _of_term(term: Expr, counts: frozenset[str]) -> str:
+    """`counts`: names of the tensors of integers."""
     inner = {r for outer in reads(term) for i in outer.index for r in i.atoms(Read)}
     outer = sorted(reads(term) - inner, key=str)
     both = [w for r in outer if r.has(q) and r.has(k) for w in _of_table(r)]
     if both:
         return ", ".join(both)
-    if _is_slope(term):
+    if _is_slope(term, counts):
         of = "distance" if term.has(q) else "position of the key"
         if _by_head(term):
             return f"ALiBi-like: a slope for each head times the {of}"
         return f"a slope times the {of}"
+    if term.has(q) and term.has(k) and by_distance(term):
+        return "a bias by distance" + (", for each head" if _by_head(term) else "")
     what = " and ".join(n for n, x in (("the query", q), ("the key", k)) if term.has(x))
     names = "".join(f" ({r.tensor})" for r in outer if r.has(q, k))
     return f"a bias of {what}{names}"
@@ -99,13 +103,13 @@ def _of_table(read: Read) -> Iterator[str]:
             yield f"a term of the {of} and the distance ({name})"
 
 
-def _is_slope(term: Expr) -> bool:
+def _is_slope(term: Expr, counts: frozenset[str]) -> bool:
     """Linear in the positions of keys, which are k itself or read from a tensor of integers."""
     slope = term.diff(k)
     if slope != 0:
         return not slope.has(q, k) and not _read_at(term, q) and not _read_at(term, k)
-    counted = any(r.index[-1:] == (k,) for r in reads(term))
-    return counted and _by_head(term) and not term.has(q)
+    counted = {r.tensor for r in reads(term) if r.has(k)}
+    return bool(counted) and counted <= counts and _by_head(term) and not term.has(q)
 
 
 def _read_at(term: Expr, x: Symbol) -> bool:

@@ -7,20 +7,20 @@ does not know is given as it is written. Windows count the query's own key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import sympy
-from sympy import Expr, Integer, Symbol
+from sympy import Expr, Integer
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 from rewriter import symbols as sym
 from rewriter.linear import LinearSpec
+from rewriter.report.bounds import Bound, bound_of, by_blocks
 from rewriter.spec import SoftmaxSpec, Spec
-from rewriter.symbols import IDiv, Read, formula_text, k, q
+from rewriter.symbols import Read, formula_text, k, q
 
-__all__ = ["Bound", "bound_of", "mask_of", "mask_words"]
+__all__ = ["mask_of", "mask_words"]
 
 _LONG = 72  # letters of a condition that are still read beside the formula
 
@@ -40,63 +40,6 @@ def mask_words(spec: Spec) -> tuple[str, ...]:
     words = _all_of(mask_of(spec), spec.truths, None)
     route = getattr(spec, "route", None)
     return (*words, *(() if route is None else (f"{route}, chosen at run time",)))
-
-
-# --- bounds ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bound:
-    """`of_q · q + of_k · k <= limit`, where the factors are -1, 0 or 1, not both 0."""
-
-    of_q: int
-    of_k: int
-    limit: Expr
-
-    @property
-    def is_causal(self) -> bool:
-        """`k - q <= limit`"""
-        return (self.of_q, self.of_k) == (-1, 1)
-
-    @property
-    def is_top(self) -> bool:
-        """`k <= limit`"""
-        return (self.of_q, self.of_k) == (0, 1)
-
-    @property
-    def is_window(self) -> bool:
-        """`q - k <= limit`"""
-        return (self.of_q, self.of_k) == (1, -1)
-
-
-def bound_of(condition: Boolean) -> Bound | None:
-    """The condition as a bound, if it is one."""
-    if not isinstance(condition, sympy.Lt | sympy.Le | sympy.Gt | sympy.Ge):
-        return None
-    left, right = condition.lhs, condition.rhs
-    if isinstance(condition, sympy.Gt | sympy.Ge):
-        left, right = right, left
-    strict = isinstance(condition, sympy.Lt | sympy.Gt)
-    rest = left - right
-    factors = rest.coeff(q), rest.coeff(k)
-    rest = rest - factors[0] * q - factors[1] * k
-    if rest.has(q, k) or not {*factors} <= {-1, 0, 1} or factors == (0, 0):
-        return None
-    return Bound(int(factors[0]), int(factors[1]), -rest - int(strict))
-
-
-def _by_blocks(condition: Boolean) -> tuple[Boolean, int] | None:
-    """A condition on the blocks of q and k as one on q and k, and the size of a block."""
-    blocks = [x for x in condition.atoms(IDiv) if x.has(q, k)]
-    sizes = {x.args[1] for x in blocks}
-    if len(sizes) != 1 or not all(x.is_Integer for x in sizes):
-        return None
-    plain = {x: q if x.has(q) else k for x in blocks if x.has(q) != x.has(k)}
-    inner = condition.xreplace(plain)
-    left = condition.xreplace({x: Integer(0) for x in blocks})
-    if len(plain) != len(blocks) or left.has(q, k) or not inner.has(q) or not inner.has(k):
-        return None
-    return inner, int(sizes.pop())
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -136,22 +79,34 @@ def _of_bound(bound: Bound, whole: Boolean, truths: Sequence[str], end: Expr | N
         width = limit + end + 1
         if width.is_Integer and width > 0:
             return f"sliding window of {int(width):,}"
-    if bound.is_window and limit.is_Integer:
-        return f"keys at most {int(limit):,} back"
+    if bound.is_window:
+        back, where = _offset(-limit)
+        if back is not None and back <= 0:
+            return (
+                f"keys at most {-back:,} back{where}" if back else f"keys from the query on{where}"
+            )
     if bound.of_q == 0 and limit.is_Integer:
         return _count(-int(limit), "not the first key", "not the first {} keys")
     return _written(whole, truths)
 
 
 def _causal(limit: Expr, truths: Sequence[str]) -> str:
-    if limit == 0:
-        return "causal"
-    if limit == sym.M - sym.L:
-        return "causal, aligned at the last key"
-    if limit.is_Integer:
-        n = int(limit)
-        return f"keys up to {n:,} ahead" if n > 0 else f"keys at least {-n:,} back"
-    return f"causal, query 0 at key {formula_text(limit, truths)}"
+    ahead, where = _offset(limit)
+    if ahead is None:
+        return f"causal, query 0 at key {formula_text(limit, truths)}"
+    if ahead == 0:
+        return f"causal{where}"
+    what = f"keys up to {ahead:,} ahead" if ahead > 0 else f"keys at least {-ahead:,} back"
+    return what + where
+
+
+def _offset(limit: Expr) -> tuple[int | None, str]:
+    """The number in `limit`, counted from the query where it stands on the axis of the keys: at its
+    own number, or such that the last query is at the last key."""
+    for start, where in ((Integer(0), ""), (sym.M - sym.L, ", aligned at the last key")):
+        if (limit - start).is_Integer:
+            return int(limit - start), where
+    return None, ""
 
 
 def _of_other(part: Boolean, truths: Sequence[str], start: Expr | None) -> str:
@@ -173,13 +128,16 @@ def _option_key(option: Boolean) -> tuple[int, str]:
 
 
 def _both_sides(part: Any) -> str | None:
-    """`|q - k| < n`."""
+    """`|q - k| < n`, the query's own key counted."""
     if not isinstance(part, sympy.Lt | sympy.Le) or not isinstance(part.lhs, sympy.Abs):
         return None
-    if part.lhs.args[0] not in (q - k, k - q) or not part.rhs.is_Integer:
+    inside = part.lhs.args[0]
+    distance = inside if inside.coeff(q) == 1 else -inside
+    shift, where = _offset(distance - q + k)
+    if shift != 0 or not part.rhs.is_Integer:
         return None
     n = int(part.rhs) + isinstance(part, sympy.Le)
-    return f"window of {n:,} on both sides"
+    return f"window of {n:,} on both sides{where}"
 
 
 def _segments(part: Any) -> str | None:
@@ -220,7 +178,7 @@ def _of_read(read: Read, negated: bool) -> str:
 
 def _blocks(part: Boolean, truths: Sequence[str]) -> str | None:
     """Conditions on `⌊q/n⌋` and `⌊k/n⌋`."""
-    found = _by_blocks(part)
+    found = by_blocks(part)
     if found is None:
         return None
     inner, size = found
@@ -259,7 +217,7 @@ def _count(n: int, one: str, many: str) -> str:
 
 def _written(condition: Boolean, truths: Sequence[str]) -> str:
     text = formula_text(condition, truths)
-    used = sorted(str(x) for x in condition.free_symbols & {*map(Symbol, "bhqk"), sym.b, q, k})
     if len(text) <= _LONG:
         return text
-    return f"a condition on {', '.join(used)} as written" if used else "a condition as written"
+    used = ", ".join(str(x) for x in (sym.b, sym.h, q, k) if condition.has(x))
+    return f"a condition on {used}, as written"
