@@ -93,7 +93,15 @@ def test_the_name_and_the_place_of_a_tensor_make_no_difference() -> None:
         )
         for i, name in enumerate(("slopes", "slopes_1"))
     ]
-    assert [g.layers for g in report_of(*lines).groups] == ["0-1"]
+    [group] = report_of(*lines).groups
+    assert group.origins == (("slopes", "parameter model.layers.*.attn.slopes"),)
+
+
+def test_a_tensor_that_all_layers_share_keeps_its_name() -> None:
+    """The relative bias table of some models is that of their first layer."""
+    origins = (("w", "parameter model.layers.0.attn.bias"),)
+    [group] = report_of(*(line(i, origins=origins) for i in range(3))).groups
+    assert group.origins == origins
 
 
 def test_tensors_in_other_places_of_a_formula_make_a_difference() -> None:

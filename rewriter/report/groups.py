@@ -58,6 +58,13 @@ class SiteGroup:
             parts[i] = f"{{{ranges(map(int, values))}}}" if named else "*"
         return replace(sites[0], path=".".join(parts)).name
 
+    @property
+    def origins(self) -> tuple[tuple[str, str], ...]:
+        """Where their tensors come from: `Site.origins` under the names that the first site has,
+        with `*` for numbers that differ."""
+        columns = zip(*(s.site.origins for s in self.sites), strict=True)
+        return tuple((column[0][0], _merged([where for _, where in column])) for column in columns)
+
     def said(self, text: str) -> str:
         """What is said of the first site, as it is true of all of them."""
         site = self.first.site
@@ -111,6 +118,12 @@ def _key(line: SiteReport) -> str:
 def _starred(text: str) -> str:
     """The text with the numbers left out that are a part of a path."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|(?<![\w.])\d+(?=\.)", "*", text)
+
+
+def _merged(texts: Sequence[str]) -> str:
+    """One text for several that differ in numbers alone."""
+    columns = zip(*(re.split(r"(\d+)", text) for text in texts), strict=True)
+    return "".join(column[0] if len({*column}) == 1 else "*" for column in columns)
 
 
 def _named(text: str, site: Site, name: str) -> str:

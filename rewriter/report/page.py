@@ -140,7 +140,7 @@ def _sheet(group: SiteGroup) -> Iterator[tuple[str, str]]:
     cost = lines.cost_text(line)
     if cost:
         yield "cost", "<br>".join(escape(x) for x in cost)
-    origins = [f"{name}: {group.said(where)}" for name, where in site.origins]
+    origins = [f"{name}: {where}" for name, where in group.origins]
     if origins:
         yield "reads", "<br>".join(escape(x) for x in origins)
     yield "decision", escape(group.said(lines.decision_text(line)))

@@ -59,7 +59,7 @@ details ul { columns: 22rem; padding-left: 1.2rem; margin: .3rem 0; } summary { 
 .pictures figure { max-width: 14.5rem; }
 .pictures figcaption { font-weight: 400; font-size: .8rem; line-height: 1.35; color: var(--text);
   padding-left: 48px; }
-.pictures .was svg { width: 8rem; height: auto; }
+.pictures .was svg { width: 8rem; height: auto; margin-left: 20px; }
 svg .field { fill: var(--soft); } svg .seen { fill: var(--model); }
 svg .mesh { stroke: Canvas; stroke-width: 1; fill: none; } svg .hatch { fill: var(--model); }
 .heads { display: inline-flex; flex-wrap: wrap; gap: 3px 5px; vertical-align: middle; }
