@@ -14,6 +14,7 @@ from rewriter import symbols as sym
 from rewriter.capture import Captured
 from rewriter.decide import Planned, Work
 from rewriter.insert import insert
+from rewriter.recompute import closed
 
 __all__ = ["assembled", "chooser", "copied", "insert_all"]
 
@@ -33,18 +34,18 @@ def assembled(
     if pays is False:
         if changed:
             insert_all(captured, changed, target, model)
-            return cast(Callable[..., Any], captured.module)
+            return cast(Callable[..., Any], closed(captured.module))
         return cast(Callable[..., Any], gm)
     if pays is True:
         insert_all(captured, [*changed, *fused], target, model)
-        return cast(Callable[..., Any], captured.module)
+        return cast(Callable[..., Any], closed(captured.module))
     short: Callable[..., Any] = gm
     if changed:
         copy, work = copied(captured, changed)
         insert_all(copy, work, target, model)
-        short = copy.module
+        short = closed(copy.module)
     insert_all(captured, [*changed, *fused], target, model)
-    long: Callable[..., Any] = captured.module
+    long: Callable[..., Any] = closed(captured.module)
     return lambda *args: long(*args) if pays(args) else short(*args)
 
 

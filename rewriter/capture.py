@@ -33,6 +33,7 @@ from rewriter.errors import CaptureError
 from rewriter.find import clean_path, module_path
 from rewriter.indices import as_size
 from rewriter.reading import op_name, value_of
+from rewriter.recompute import enter, keep_random_state, leave, mark, recomputed
 
 __all__ = ["Captured", "capturing", "export", "from_dynamo", "from_exported"]
 
@@ -279,6 +280,7 @@ def from_dynamo(
     Raises:
         CaptureError: if torch cannot trace it; the message carries torch's reason.
     """
+    keep_random_state(gm)
     given = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta["example_value"] for n in given]
     mode = next((x.fake_mode for x in fakes if isinstance(x, FakeTensor)), None)
@@ -304,12 +306,19 @@ def from_dynamo(
 
 
 class _Tracing(torch.fx.Interpreter):
-    """Runs a graph while it is traced, and keeps autograd functions of the model as one node.
+    """Runs a graph while it is traced. Regions that are recomputed are opened, and autograd
+    functions of the model stay one node.
 
     Tracing through such a function would record its forward alone, and lose its own backward.
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is recomputed:
+            region, tracer = args[0], cast(Any, get_proxy_mode()).tracer
+            mark(tracer, enter, region, kwargs)
+            out = _Tracing(region).run(*args[1:])
+            mark(tracer, leave, region, {})
+            return out
         if getattr(target, "__name__", "") != "autograd_function_apply":
             return super().call_function(target, args, kwargs)
         bodies = [a for a in args if not isinstance(a, torch.Tensor)]

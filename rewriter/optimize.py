@@ -452,8 +452,8 @@ class _Backend:
         if meant and _has_softmax(gm):
             return _refusing(
                 f"graph {number} cannot be rewritten ({why}), and {', '.join(meant)} changes what "
-                "the model computes: as it is, this graph would be the original. Gradient "
-                "checkpointing has to be off; rewriter.restore(model) gives the original"
+                "the model computes: as it is, this graph would be the original. "
+                "rewriter.restore(model) gives the original"
             )
         self.state.notes.append(f"graph {number} runs as it was: {why}")
         return cast(Callable[..., Any], gm)
