@@ -80,6 +80,9 @@ def optimize(
             them at the first call: give inputs, or call the model once, before you make an
             optimiser.
 
+    The model runs compiled from then on, by what rewrites it: `torch.compile` around it and
+    `model.compile()` add nothing.
+
     On a model that is optimized already the new requests stand in the place of the old ones. What
     passes added stays, trained, where the new requests ask for it too; the rest is gone.
 
@@ -156,7 +159,25 @@ def _install(model: nn.Module, state: State) -> None:
     state.replaced = model.__dict__.get(COMPILED) if known is None else known.replaced
     _STATES[model] = state
     model._compiled_call_impl = call
-    model.__dict__["__deepcopy__"] = _Copier(alive)
+    model.__dict__ |= _hooks(model)
+
+
+def _hooks(model: nn.Module) -> dict[str, Any]:
+    """What torch and Python find on an optimized model in the place of their own."""
+    alive = weakref.ref(model)
+    return {"__deepcopy__": _Copier(alive), "compile": _Compiler(alive)}
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """What `model.compile()` finds: torch's own would put the original in the place of the
+    rewritten model."""
+
+    model: weakref.ref[nn.Module]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        state = _STATES[cast(nn.Module, self.model())]
+        state.notes.append("model.compile() did nothing: an optimized model is compiled already")
 
 
 @dataclass(frozen=True)
@@ -169,11 +190,11 @@ class _Copier:
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         model = cast(nn.Module, self.model())
         state = _STATES[model]
-        own = model.__dict__.pop("__deepcopy__")
+        own = {name: model.__dict__.pop(name) for name in _hooks(model)}
         try:
             twin = copy.deepcopy(model, memo)
         finally:
-            model.__dict__["__deepcopy__"] = own
+            model.__dict__ |= own
         if model._compiled_call_impl is None:  # set aside, to run the original for a while
             return twin
         _install(twin, State(state.requests, state.target, only=state.only))
@@ -247,8 +268,8 @@ def _uninstall(model: nn.Module) -> None:
     state = _STATES.pop(model, None)
     if state is None:
         return
-    model.__dict__.pop("__deepcopy__", None)
-    model.__dict__.pop(COMPILED, None)
+    for name in (*_hooks(model), COMPILED):
+        model.__dict__.pop(name, None)
     if state.replaced is not None:
         model.__dict__[COMPILED] = state.replaced
 
@@ -288,9 +309,9 @@ def reinstalled(
         _uninstall(model)
         if before[0] is not None:
             _STATES[model] = before[0]
+            model.__dict__ |= _hooks(model)
         if before[1] is not None:
             model.__dict__[COMPILED] = before[1]
-            model.__dict__["__deepcopy__"] = _Copier(weakref.ref(model))
 
 
 def requests_of(model: nn.Module) -> tuple[Request, ...]:

@@ -135,6 +135,16 @@ def test_what_a_user_compiled_comes_back() -> None:
     assert rewriter.restore(model)._compiled_call_impl is own
 
 
+def test_a_model_that_was_only_inspected_is_copied_as_it_is() -> None:
+    model = Model()
+    model.compile(backend="eager")
+    rewriter.inspect(model, X)
+    twin = copy.deepcopy(model)
+    assert rewriter.report_of(twin).graphs == 0
+    with torch.no_grad():
+        assert torch.equal(twin(X), model(X))
+
+
 def test_a_run_that_only_looks_leaves_the_statistics_of_a_norm() -> None:
     model = nn.Sequential(nn.BatchNorm1d(5), Model()).train()
     rewriter.inspect(model, X)
