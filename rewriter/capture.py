@@ -8,6 +8,7 @@ Pre-dispatch ATen is still differentiable and dynamic in shape, and composite op
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 import threading
@@ -22,20 +23,18 @@ from sympy import Symbol
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    make_fx,
-    track_tensor_tree,
-)
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewriter.errors import CaptureError
 from rewriter.find import clean_path, module_path
 from rewriter.indices import as_size
 from rewriter.reading import op_name, value_of
-from rewriter.recompute import enter, keep_random_state, leave, mark, recomputed
+from rewriter.recompute import keep_random_state
+from rewriter.retrace import Tracing
 
 __all__ = ["Captured", "capturing", "export", "from_dynamo", "from_exported"]
+
+log = logging.getLogger(__name__)
 
 VIEWS = frozenset(
     f"aten.{x}"
@@ -288,8 +287,7 @@ def from_dynamo(
         raise CaptureError("a graph without tensor inputs has no fake tensors to trace with")
     try:
         with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher():
-            run = _Tracing(gm).run
-            module = make_fx(run, tracing_mode="fake", pre_dispatch=True)(*fakes)
+            module = _traced(gm, fakes)
     except Exception as error:
         raise CaptureError(
             f"torch could not re-trace a graph of the model: {first_line(error)}"
@@ -305,35 +303,18 @@ def from_dynamo(
     return captured
 
 
-class _Tracing(torch.fx.Interpreter):
-    """Runs a graph while it is traced. Regions that are recomputed are opened, and autograd
-    functions of the model stay one node.
-
-    Tracing through such a function would record its forward alone, and lose its own backward.
-    """
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is recomputed:
-            region, tracer = args[0], cast(Any, get_proxy_mode()).tracer
-            mark(tracer, enter, region, kwargs)
-            out = _Tracing(region).run(*args[1:])
-            mark(tracer, leave, region, {})
-            return out
-        if getattr(target, "__name__", "") != "autograd_function_apply":
-            return super().call_function(target, args, kwargs)
-        bodies = [a for a in args if not isinstance(a, torch.Tensor)]
-        assert all(x is y for x, y in zip(bodies, args, strict=False)), "the bodies come first"
-
-        def autograd_function(*inputs: Any) -> Any:
-            return target(*bodies, *inputs, **kwargs)
-
-        inputs = args[len(bodies) :]
-        mode = cast(Any, get_proxy_mode())
-        with disable_proxy_modes_tracing():
-            out = autograd_function(*inputs)
-        proxies = [mode.tracer.unwrap_proxy(x) for x in inputs]
-        node = mode.tracer.create_proxy("call_function", autograd_function, tuple(proxies), {})
-        return track_tensor_tree(out, node, constant=None, tracer=mode.tracer)
+def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """The graph in ATen. Should writing what repeats itself fail, everything is traced."""
+    for repeats in (True, False):
+        tracing = Tracing(gm, repeats)
+        try:
+            module = make_fx(tracing.run, tracing_mode="fake", pre_dispatch=True)(*fakes)
+            log.debug("%d calls traced, %d repeated", tracing.traced, tracing.repeated)
+            return module
+        except Exception:
+            if not tracing.repeated:
+                raise
+    raise AssertionError
 
 
 def _described(
