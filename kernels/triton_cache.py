@@ -7,12 +7,11 @@ text. They are for reading; what runs is always the text that this process gener
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rewriter.cache import cache_folder, write_atomically
 from rewriter.errors import LoweringError
 
 if TYPE_CHECKING:
@@ -42,32 +41,15 @@ def written(source: Source, folder: Path | None = None) -> Path:
     Raises:
         LoweringError: if the folder cannot be written.
     """
-    folder = folder or _cache_folder()
+    folder = folder or cache_folder("kernels")
     path = folder / f"{source.stem}_{source.digest}.py"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_text(encoding="utf-8") != source.text:
-            _write_atomically(path, source.text)
+            write_atomically(path, source.text)
     except OSError as error:
         raise LoweringError(
             f"the kernel could not be written to {folder} ({error.strerror}); "
             "set REWRITER_CACHE to a folder that can be written"
         ) from error
     return path
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Others see the old file or the whole new one, and nothing is left behind by a full disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("REWRITER_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "rewriter") / "kernels"

@@ -17,8 +17,7 @@ from torch import nn
 from rewriter import lowering
 from rewriter import symbols as sym
 from rewriter.capture import Captured
-from rewriter.check import disagreement, fingerprint
-from rewriter.check_output import output_disagreement
+from rewriter.check import fingerprint
 from rewriter.errors import LoweringError, RewriterError
 from rewriter.find import Found, find
 from rewriter.formulas import on_one_axis
@@ -32,6 +31,7 @@ from rewriter.sample import Skip
 from rewriter.sites import Site
 from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.taps import input_of, residual_of
+from rewriter.verdicts import verdict
 
 __all__ = ["Planned", "State", "Work", "layer_count", "lifted_sites", "plan_of", "split_request"]
 
@@ -175,7 +175,7 @@ def _lifted(
         return lifted
     key = _key(lifted, captured)
     if key not in verdicts:
-        verdicts[key] = _verdict(lifted, captured)
+        verdicts[key] = verdict(lifted, captured)
     problem, note = verdicts[key]
     return _opaque(lifted, captured, problem) if problem else _noted(lifted, note)
 
@@ -193,25 +193,13 @@ def _key(lifted: Lifted, captured: Captured) -> tuple[Any, ...]:
     return cast(SoftmaxSpec, lifted.site.spec).digest(), sizes, layout, graph
 
 
-def _verdict(lifted: Lifted, captured: Captured) -> tuple[str, str]:
-    """How the formula and the graph differ, and what could not be checked; both empty if they
-    agree."""
-    problem = disagreement(lifted, captured)
-    if problem:
-        return problem, ""
-    try:
-        return output_disagreement(lifted, captured), ""
-    except Skip as reason:
-        return "", f"its output was not checked against the graph: {reason}"
-
-
 def _opaque(lifted: Lifted, captured: Captured, problem: str) -> Lifted:
     """The site lifted again with what meets its scores read as whole tensors; left alone if that
     fails too."""
     again = _guarded(lambda: lift(lifted.found, captured, opaque=True), lifted.found)
     still, note = again.site.reason, ""
     if again.site.spec is not None:
-        still, note = _verdict(again, captured)
+        still, note = verdict(again, captured)
     if still:
         reason = f"its formula did not pass its check: {problem}"
         return replace(lifted, site=replace(lifted.site, spec=None, reason=reason))

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import rewriter.verdicts
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,7 +39,8 @@ def _shares_a_fixture(item: pytest.Item) -> bool:
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
-    """Seeds are fixed, and no compiled graph of one test is seen by the next."""
+    """Seeds are fixed, and no compiled graph of one test is seen by the next, or by another run."""
+    rewriter.verdicts.KEEPS = False
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

@@ -20,6 +20,7 @@ DRAWING = {
     # what a module may import directly; it may also import what those may
     "errors": "",
     "trees": "",
+    "cache": "",
     "symbols": "errors",
     "stages": "symbols",
     "spec": "stages",
@@ -59,12 +60,13 @@ DRAWING = {
     "sample": "frame",
     "check": "reference sample",
     "check_output": "reference sample",
+    "verdicts": "cache check check_output",
     "taps": "capture frame",
     "additions": "stages",
     "programs": "additions beside taps",
     "insert": "programs",
     # running specs
-    "kernels": "beside families reference",
+    "kernels": "beside cache families reference",
     "beside": "",
     "isolation": "",
     "lowering": "kernels",
@@ -72,7 +74,7 @@ DRAWING = {
     # the front
     "cost": "linear sites",
     "report": "cost evaluate",
-    "decide": "capture check check_output lift op passbase report taps",
+    "decide": "capture check lift op passbase report taps verdicts",
     "assemble": "decide insert",
     "watch": "assemble",
     "optimize": "isolation registry watch",
