@@ -59,3 +59,13 @@ def test_a_step_of_decoding_is_the_last_row_of_the_whole(request_: str) -> None:
             build(request_)(300)() for build in (variants_rows.decode, variants_rows.variant)
         )
     torch.testing.assert_close(step, whole[:, :, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_call_misses_a_target_by_cost_by_share_or_by_growth() -> None:
+    from compile_time import missed
+
+    def row(layers: int, ms_a_site: float, on_top: float) -> dict[str, object]:
+        return {"model": "stack", "layers": layers, "ms_a_site": ms_a_site, "on_top": on_top}
+
+    assert missed([row(4, 19.0, 0.3), row(16, 12.0, 0.1), row(80, 13.0, 0.09)]) == []
+    assert len(missed([row(16, 12.0, 0.1), row(80, 21.0, 0.2)])) == 3
