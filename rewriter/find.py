@@ -196,7 +196,7 @@ def _later_product(anchor: fx.Node, escapes: list[fx.Node]) -> fx.Node | None:
             and contraction.summed_size == shape_of(anchor)[cast(int, anchor.args[1])]
         ):
             return node
-        if node.op == "call_function" and _elements(node) == count:
+        if contraction is None and node.op == "call_function" and _elements(node) == count:
             new = [u for u in node.users if u not in seen]
             seen.update(new)
             open_nodes.extend(new)

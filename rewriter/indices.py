@@ -84,44 +84,60 @@ class Bounds:
             return bool(self.sizes[index] == size) or _fits(self.sizes[index], size)
         if isinstance(index, IMod):
             return bool(index.args[1] == size) or _fits(index.args[1], size)
-        high = self._high(index)
-        return high is not None and _fits(high + 1, size)
+        ends = self._ends(index)
+        return ends is not None and bool(ends[0].is_nonnegative) and _fits(ends[1] + 1, size)
 
-    def _high(self, index: Expr) -> Expr | None:
-        """The largest value of a sum of non-negative terms, if it can be said."""
+    def _ends(self, index: Expr) -> tuple[Expr, Expr] | None:
+        """The smallest and the largest value, or what they lie between, if that can be said."""
         if index.is_Integer:
-            return index if index >= 0 else None
+            return index, index
         if isinstance(index, Symbol):
-            return self.sizes[index] - 1 if index in self.sizes else None
+            if index in self.sizes:
+                return Integer(0), self.sizes[index] - 1
+            return (index, index) if index.is_positive else None
         if isinstance(index, IMod):
-            return index.args[1] - 1
+            return Integer(0), index.args[1] - 1
         if isinstance(index, sympy.Add):
-            highs = [self._high(a) for a in index.args]
-            return None if None in highs else cast(Expr, sympy.Add(*highs))
+            parts = [self._ends(a) for a in index.args]
+            if None in parts:
+                return None
+            low, high = zip(*cast("list[tuple[Expr, Expr]]", parts), strict=True)
+            return sympy.expand(sympy.Add(*low)), sympy.expand(sympy.Add(*high))
         if isinstance(index, sympy.Mul):
-            coefficient, rest = index.as_coeff_Mul()
-            if coefficient != 1:
-                high = self._high(rest) if coefficient > 0 else None
-                return None if high is None else sympy.expand(coefficient * high)
-            factors = [
-                a for a in index.args if a.is_positive and not (a.free_symbols & self.sizes.keys())
-            ]
-            others = [a for a in index.args if a not in factors]
-            if len(others) == 1 and (top := self._high(others[0])) is not None:
-                return sympy.expand(sympy.Mul(*factors) * top)
+            return self._ends_of_product(index)
         if isinstance(index, IDiv):
-            top = self._high(index.args[0])
-            if top is not None:
-                size = sympy.expand(top + 1)
+            inner = self._ends(index.args[0])
+            if inner is not None and inner[0].is_nonnegative:
+                size = sympy.expand(inner[1] + 1)
                 quotient = sympy.cancel(size / index.args[1]) if not size.is_Integer else None
                 if (
                     quotient is not None
                     and quotient.is_polynomial(*quotient.free_symbols)
                     and quotient.is_integer
                 ):
-                    return quotient - 1
-                return cast(Expr, IDiv(top, index.args[1]))
+                    return Integer(0), quotient - 1
+                return Integer(0), cast(Expr, IDiv(inner[1], index.args[1]))
         return None
+
+    def _ends_of_product(self, index: Expr) -> tuple[Expr, Expr] | None:
+        coefficient, rest = index.as_coeff_Mul()
+        if coefficient != 1:
+            ends = self._ends(rest)
+            if ends is None:
+                return None
+            low, high = (sympy.expand(coefficient * end) for end in ends)
+            return (low, high) if coefficient > 0 else (high, low)
+        factors = [
+            a for a in index.args if a.is_positive and not (a.free_symbols & self.sizes.keys())
+        ]
+        others = [a for a in index.args if a not in factors]
+        if not others:
+            return index, index
+        ends = self._ends(others[0]) if len(others) == 1 else None
+        if ends is None:
+            return None
+        low, high = (sympy.expand(sympy.Mul(*factors) * end) for end in ends)
+        return low, high
 
     def split(self, index: Expr, size: Expr) -> tuple[Expr, Expr]:
         """`(⌊index / size⌋, index mod size)`, simplified where the bounds allow it."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
+import sympy
 from sympy import Expr, Integer, Symbol
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from rewriter import symbols as sym
@@ -26,7 +28,7 @@ from rewriter.frame import (
 )
 from rewriter.indices import as_number
 from rewriter.operands import Unreadable, operand, split_of_heads
-from rewriter.reading import Index, op_name, shape_of
+from rewriter.reading import Index, Reader, op_name, shape_of
 from rewriter.scores import (
     ScoreReader,
     first_product,
@@ -68,16 +70,14 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
     q_len, kv_len = sizes[row[0]], sizes[values.summed]
     lead_sizes = [sizes[x] for x in lead]
 
-    def reading(frame: Frame) -> tuple[dict[str, Expr], Index, float]:
+    def reading(frame: Frame) -> tuple[dict[str, Expr], Index, float, Boolean]:
         index = dict(zip(lead, frame.lead, strict=True))
         index |= {row[0]: sym.q, values.summed: sym.k, column[0]: COLUMN}
-        at, dropout = _weights_at(
-            found.anchor, weights, values.operand_index(weights, weight_axes, index), frame, facts
-        )
-        return index, at, dropout
+        where = values.operand_index(weights, weight_axes, index)
+        return index, *_weights_at(found.anchor, weights, where, frame, facts)
 
     frame = frame_of(lead_sizes, q_len, kv_len)
-    index, at, dropout = reading(frame)
+    index, at, dropout, kept = reading(frame)
     if len(lead_sizes) == 1:
         heads = split_of_heads(
             at,
@@ -90,7 +90,7 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
                 heads = heads or split_of_heads((), reader_of(facts, frame.bounds), side, where)
         if heads is not None:
             frame = frame_of(lead_sizes, q_len, kv_len, heads)
-            index, at, dropout = reading(frame)
+            index, at, dropout, kept = reading(frame)
     _check_axis(found.anchor, at)
 
     scores = ScoreReader(facts, frame, opaque)
@@ -102,6 +102,12 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
         raise Unreadable("no product of queries with keys was found in its scores")
     sink = sink_of(scores.reader, source, source_index, cast(int, found.anchor.args[1]), frame)
     score, mask, masked = split_mask(as_number(raw), PRODUCT, trained_by(facts, scores.reader))
+    if kept != sympy.true:
+        if kept != mask:
+            raise Unreadable(
+                f"its weights are set to 0 but for {_text(kept, facts, scores.reader)}"
+            )
+        masked = "zero"
     if sink is not None and masked in ("add", "mean"):
         masked = "zero"
     product, product_index = scores.product, scores.index
@@ -190,8 +196,9 @@ def _axis_sizes(c: Contraction) -> dict[str, Expr]:
 
 def _weights_at(
     anchor: fx.Node, weights: fx.Node, index: Index, frame: Frame, facts: GraphFacts
-) -> tuple[Index, float]:
-    """The index at which the product reads the softmax, and the dropout on the way."""
+) -> tuple[Index, float, Boolean]:
+    """The index at which the product reads the softmax, the dropout on the way, and the condition
+    under which a weight is not set to 0."""
     reached: list[Index] = []
     dropout = 0.0
 
@@ -209,11 +216,20 @@ def _weights_at(
 
     reader = reader_of(facts, frame.bounds, stop)
     seen = reader.at(weights, index)
+    kept: Boolean = sympy.true
+    if isinstance(seen, sym.Where) and set(seen.args[1:]) == {WEIGHT, Integer(0)}:
+        kept = seen.args[0] if seen.args[1] == WEIGHT else cast(Boolean, sympy.Not(seen.args[0]))
+        seen = cast(Expr, WEIGHT)
     if seen != WEIGHT or len(set(reached)) != 1:
-        names = {symbol: Symbol(facts.origin(node)[0]) for symbol, node in reader.leaves.items()}
-        text = sym.formula_text(seen.xreplace(names))
+        text = _text(seen, facts, reader)
         raise Unreadable(f"its weights are changed before they meet the values: {text}")
-    return reached[0], dropout
+    return reached[0], dropout, kept
+
+
+def _text(formula: Formula, facts: GraphFacts, reader: Reader) -> str:
+    """The formula with the names of its tensors."""
+    names = {symbol: Symbol(facts.origin(node)[0]) for symbol, node in reader.leaves.items()}
+    return sym.formula_text(cast(Expr, formula.xreplace(names)))
 
 
 def _check_axis(anchor: fx.Node, at: Index) -> None:

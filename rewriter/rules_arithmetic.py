@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -206,9 +207,33 @@ def _compare(op: str) -> Rule:
             plain = _truth_test(op, x, y)
             if plain is not None:
                 return plain
-        return compare(op, as_number(x), as_number(y))
+        x, y = as_number(x), as_number(y)
+        return _by_cases(op, x, y) or compare(op, x, y)
 
     return rule
+
+
+def _by_cases(op: str, x: Expr, y: Expr) -> Boolean | None:
+    """A comparison of a sum of choices between numbers with a number, as logic: of truth values
+    that a model adds."""
+    terms = sympy.Add.make_args(x)
+    choices = [t for t in terms if isinstance(t, Where)]
+    rest = sympy.Add(*(t for t in terms if not isinstance(t, Where)))
+    plain = all(a.is_number for t in choices for a in t.args[1:]) and rest.is_number
+    if not plain or not y.is_number or not 0 < len(choices) <= 3:
+        return None
+    names = sympy.symbols(f"c:{len(choices)}")
+    cases = []
+    for taken in itertools.product((True, False), repeat=len(choices)):
+        total = rest + sum(t.args[1 if yes else 2] for t, yes in zip(choices, taken, strict=True))
+        if compare(op, total, y) == sympy.true:
+            signed = zip(names, taken, strict=True)
+            cases.append(sympy.And(*(name if yes else ~name for name, yes in signed)))
+    # conditions as plain symbols: sympy spends minutes on the comparisons inside them
+    logic = sympy.simplify_logic(sympy.Or(*cases))
+    return cast(
+        Boolean, logic.xreplace({n: t.args[0] for n, t in zip(names, choices, strict=True)})
+    )
 
 
 def _truth_test(op: str, x: Formula, y: Formula) -> Boolean | None:

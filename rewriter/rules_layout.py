@@ -117,6 +117,15 @@ def _several(dims: Any) -> Sequence[Any]:
     return dims if isinstance(dims, list | tuple) else (dims,)
 
 
+def _einsum(r: Reader, node: fx.Node, index: Index) -> Formula | None:
+    """An einsum of one tensor, where it only names its axes in another order."""
+    sources = cast("Sequence[fx.Node]", node.args[1])
+    axes, _, result = cast(str, node.args[0]).replace(" ", "").partition("->")
+    if len(sources) != 1 or not result.isalpha() or sorted(axes) != sorted(set(result)):
+        return None
+    return r.at(sources[0], tuple(index[result.index(x)] for x in axes))
+
+
 def _unsqueeze(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     dim = dim_of(node, node.args[1], len(index))
     return r.at(source_of(node), index[:dim] + index[dim + 1 :])
@@ -373,6 +382,7 @@ LAYOUT: dict[str, Rule] = {
     "view reshape _unsafe_view flatten unflatten view_as reshape_as squeeze ravel": _view,
     "expand expand_as broadcast_to": _expand,
     "permute transpose t mT mH adjoint numpy_T swapaxes swapdims movedim moveaxis": _permute,
+    "einsum": _einsum,
     "unsqueeze": _unsqueeze,
     "slice narrow": _slice,
     "select": _select,

@@ -353,6 +353,41 @@ def scores_changed_in_place(q, k, v, pad):
     return score.softmax(-1) @ v
 
 
+@spelling(PADDED)
+def mask_by_an_einsum_of_one_tensor(q, k, v, pad):
+    hidden = (~keys(pad)).expand(-1, q.shape[2], -1, -1).permute(1, 3, 0, 2).to(q.dtype)
+    return (scores(q, k) - 1e30 * torch.einsum("qkbh->bhqk", hidden)).softmax(-1) @ v
+
+
+@spelling("softmax( s | ¬(q ≠ k ∧ ¬pad[b, k]) ) · v, s = q·k/2")
+def mask_by_a_sum_of_truths(q, k, v, pad):
+    hidden = (~keys(pad)).to(q.dtype) - torch.eye(q.shape[2], k.shape[2]).to(q.dtype)
+    return scores(q, k).masked_fill(hidden > 0, LOWEST).softmax(-1) @ v
+
+
+@spelling(PADDED)
+def hidden_weights_set_to_zero(q, k, v, pad):
+    weights = scores(q, k).masked_fill(~keys(pad), LOWEST).softmax(-1)
+    return weights.masked_fill(~keys(pad), 0.0) @ v
+
+
+@left_alone("attention", "its weights are set to 0 but for k ≤ q")
+def other_weights_set_to_zero(q, k, v, pad):
+    weights = scores(q, k).masked_fill(~keys(pad), LOWEST).softmax(-1)
+    return weights.masked_fill(~bool_causal(q, k), 0.0) @ v
+
+
+@spelling("softmax( s | k ≤ q ∧ pad[b, k] ) · v, s = q·k/2")
+def mask_by_vmap(q, k, v, pad):
+    def one(b, i, j):
+        return (j <= i) & pad[b, j]
+
+    for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
+        one = torch.vmap(one, in_dims=axes)
+    seen = one(*(torch.arange(n) for n in (q.shape[0], q.shape[2], k.shape[2])))
+    return scores(q, k).masked_fill(~seen[:, None], LOWEST).softmax(-1) @ v
+
+
 @spelling(CAUSAL)
 def lower_triangle(q, k, v, pad):
     return scores(q, k).masked_fill(~bool_causal(q, k), -torch.inf).softmax(-1) @ v
