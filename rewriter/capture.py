@@ -32,7 +32,7 @@ from rewriter.reading import op_name, value_of
 from rewriter.recompute import keep_random_state
 from rewriter.retrace import Tracing
 
-__all__ = ["Captured", "capturing", "export", "from_dynamo", "from_exported"]
+__all__ = ["Captured", "capturing", "export", "first_line", "from_dynamo", "from_exported"]
 
 log = logging.getLogger(__name__)
 
@@ -197,17 +197,24 @@ class Captured:
 
 
 @contextmanager
-def capturing(recompiles: int = 256) -> Iterator[None]:
+def capturing(recompiles: int = 256) -> Iterator[list[str]]:
     """Dynamo's settings while one of our models is called; the process's own settings are back
     afterwards.
 
     `specialize_float` keeps float attributes such as a scale as numbers, which re-tracing needs.
-    The limit on recompilation is raised because Dynamo counts it per class of module, and falls
-    back to eager silently beyond it.
+    `suppress_errors` runs code that torch cannot trace as it is, as it ran before. The limit on
+    recompilation is raised because Dynamo counts it per class of module, and falls back to eager
+    silently beyond it.
+
+    Yields:
+        The reasons why torch could not trace a part of the model, one a part, as they come.
     """
+    lost = _Lost()
+    logger = logging.getLogger("torch._dynamo.convert_frame")
     with (
         torch._dynamo.config.patch(
             specialize_float=True,
+            suppress_errors=True,
             recompile_limit=max(recompiles, torch._dynamo.config.recompile_limit),
             accumulated_recompile_limit=max(
                 4 * recompiles, torch._dynamo.config.accumulated_recompile_limit
@@ -215,7 +222,27 @@ def capturing(recompiles: int = 256) -> Iterator[None]:
         ),
         _quiet_tracing(),
     ):
-        yield
+        logger.addFilter(lost)
+        try:
+            yield lost.reasons
+        finally:
+            logger.removeFilter(lost)
+
+
+class _Lost(logging.Filter):
+    """Takes what torch logs of code that it cannot trace, for the report to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[str] = []
+        self.thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or record.thread != self.thread:
+            return True
+        self.reasons.append(first_line(error))
+        return False
 
 
 OF_TRACING = (
@@ -305,13 +332,18 @@ def from_dynamo(
 
 def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """The graph in ATen. Should writing what repeats itself fail, everything is traced."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     for repeats in (True, False):
         tracing = Tracing(gm, repeats)
         try:
             module = make_fx(tracing.run, tracing_mode="fake", pre_dispatch=True)(*fakes)
             log.debug("%d calls traced, %d repeated", tracing.traced, tracing.repeated)
+            if any(isinstance(x, FakeTensor) for x in (*vars(module).values(), *module.buffers())):
+                raise CaptureError("values of a transform such as vmap are hidden from its tracer")
             return module
         except Exception:
+            # a transform that the graph had begun has to end with it
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
             if not tracing.repeated:
                 raise
     raise AssertionError

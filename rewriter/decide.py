@@ -62,6 +62,8 @@ class State:
     """For each graph, torch's number of the code that it was made from."""
     replaced: Any = None
     """What `Module.compile` had installed before."""
+    gave_up: bool = False
+    """The model runs as it was: under torch's compiler it fails."""
     prunes: bool = False
     """The model was optimized before: what its new passes do not ask for goes."""
     softmaxes: int = 0

@@ -26,13 +26,14 @@ from rewriter.additions import (
     without_additions,
 )
 from rewriter.assemble import assembled, insert_all
-from rewriter.capture import Captured, capturing, from_dynamo
+from rewriter.capture import Captured, capturing, first_line, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of, split_request
 from rewriter.errors import (
     CaptureError,
     InputError,
     NotAppliedWarning,
     PassError,
+    RewriterError,
     SelectorError,
 )
 from rewriter.find import softmaxes
@@ -134,8 +135,19 @@ def _install(model: nn.Module, state: State) -> None:
         held = additions_of(module)
         if held is not None:
             held.fresh.clear()
-        with capturing():
-            out = compiled(module, *args, **kwargs)
+        if state.gave_up:
+            return cast(Any, module)._call_impl(*args, **kwargs)
+        with capturing() as lost:
+            try:
+                out = compiled(module, *args, **kwargs)
+            except Exception as error:
+                if not _may_run_again(module, state, error, args, kwargs):
+                    raise
+                # what is wrong with the inputs is said here once more, by the model itself
+                out = cast(Any, module)._call_impl(*args, **kwargs)
+                state.gave_up, lost = True, [f"compiled it fails, {first_line(error)}"]
+        for why in lost:
+            state.notes.append(f"torch cannot trace all of the model, that runs as it was: {why}")
         out = _with_losses(module, out)
         state.breaks |= {str(r.user_stack[-1:]) for r in reasons[known:]}
         failure = state.failure or (None if state.checked else _unmatched(state, module))
@@ -166,6 +178,18 @@ def _hooks(model: nn.Module) -> dict[str, Any]:
     """What torch and Python find on an optimized model in the place of their own."""
     alive = weakref.ref(model)
     return {"__deepcopy__": _Copier(alive), "compile": _Compiler(alive)}
+
+
+def _may_run_again(
+    model: nn.Module, state: State, error: Exception, args: Any, kwargs: Any
+) -> bool:
+    """After a call that failed under torch's compiler the original may run: nothing that was asked
+    for is lost but speed, and no cache or running statistic sees the tokens twice."""
+    exact = all(r.action.contract == "exact" for r in state.requests)
+    if isinstance(error, RewriterError) or not exact or model.training:
+        return False
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    return all(isinstance(x, torch.Tensor | int | float | str | None) for x in leaves)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["closed", "enter", "keep_random_state", "leave", "mark", "recomputed"]
+__all__ = ["body_of", "closed", "enter", "keep_random_state", "leave", "mark", "recomputed"]
 
 SELECTIVE = "_checkpoint_context_fn"
 """Where torch keeps, in the metadata of a region, what says which of its results are kept."""
@@ -83,7 +83,7 @@ def closed(module: fx.GraphModule) -> fx.GraphModule:
         nodes = [n for n in inside if n.target not in (enter, leave)]
         given = dict.fromkeys(x for n in nodes for x in n.all_input_nodes if x not in inside)
         taken = [n for n in nodes if not inside.keys() >= n.users.keys()]
-        body, name = _body(result, list(given), nodes, taken), f"recomputed_{number}"
+        body, name = body_of(result, list(given), nodes, taken), f"recomputed_{number}"
         body.meta |= {k: v for k, v in first.meta.items() if k == SELECTIVE}
         result.add_submodule(name, body)
         with graph.inserting_before(last):
@@ -118,7 +118,7 @@ def _regions(graph: fx.Graph) -> Iterator[tuple[fx.Node, dict[fx.Node, None], fx
             depth += 1
 
 
-def _body(
+def body_of(
     root: fx.GraphModule, given: list[fx.Node], nodes: list[fx.Node], taken: list[fx.Node]
 ) -> fx.GraphModule:
     """The nodes as a graph from `given` to `taken`."""

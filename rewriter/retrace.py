@@ -25,8 +25,10 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
     track_tensor_tree,
 )
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewriter.recompute import enter, leave, mark, recomputed
+from rewriter.transforms import flat, grouped, transformed
 
 __all__ = ["Tracing"]
 
@@ -35,6 +37,8 @@ aten = torch.ops.aten
 _TOLD = ("nn_module_stack", "stack_trace", "source_fn_stack", "custom", "recompute")
 """What a node knows from the call that it was traced from."""
 _OF_VALUE = ("val", "tensor_meta")
+
+_ONE_NODE = ("autograd_function_apply", "associative_scan", "scan", "while_loop", "map_impl")
 
 _HELD = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -92,10 +96,10 @@ class _Call:
 
 
 class Tracing(fx.Interpreter):
-    """Runs a graph inside `make_fx`. Regions that are recomputed are opened, and autograd functions
-    of the model stay one node.
+    """Runs a graph inside `make_fx`. Regions that are recomputed are opened; autograd functions of
+    the model, scans and loops stay one node.
 
-    Tracing through such a function would record its forward alone, and lose its own backward.
+    Tracing through an autograd function would record its forward alone, and lose its own backward.
     """
 
     def __init__(self, gm: fx.GraphModule, repeats: bool = True) -> None:
@@ -103,7 +107,7 @@ class Tracing(fx.Interpreter):
         Args:
             repeats: calls that repeat an earlier one are not traced again.
         """
-        super().__init__(gm)
+        super().__init__(grouped(gm))
         self.repeats = repeats
         self.traced = self.repeated = 0
         self._recipes: dict[tuple[Any, ...], _Recipe | None] = {}
@@ -133,20 +137,27 @@ class Tracing(fx.Interpreter):
             out = Tracing(args[0], self.repeats).run(*args[1:])
             mark(_tracer(), leave, args[0], {})
             return out
-        if getattr(target, "__name__", "") != "autograd_function_apply":
+        if target is transformed:
+            return Tracing(flat(args[0], args[1:]), repeats=False).run(*args[1:])
+        if getattr(target, "__name__", "") not in _ONE_NODE:
             return super().call_function(target, args, kwargs)
-        bodies = [a for a in args if not isinstance(a, Tensor)]
-        assert all(x is y for x, y in zip(bodies, args, strict=False)), "the bodies come first"
+        leaves, form = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor | torch.SymInt)]
+        inputs = [leaves[i] for i in places]
+        rest = [None if i in places else x for i, x in enumerate(leaves)]
 
-        def autograd_function(*inputs: Any) -> Any:
-            return target(*bodies, *inputs, **kwargs)
+        def one_node(*inputs: Any) -> Any:
+            given = list(rest)
+            for i, x in zip(places, inputs, strict=True):
+                given[i] = x
+            own_args, own_kwargs = tree_unflatten(given, form)
+            return target(*own_args, **own_kwargs)
 
-        inputs = args[len(bodies) :]
         mode = cast(Any, get_proxy_mode())
         with disable_proxy_modes_tracing():
-            out = autograd_function(*inputs)
+            out = one_node(*inputs)
         proxies = [mode.tracer.unwrap_proxy(x) for x in inputs]
-        node = mode.tracer.create_proxy("call_function", autograd_function, tuple(proxies), {})
+        node = mode.tracer.create_proxy("call_function", one_node, tuple(proxies), {})
         return track_tensor_tree(out, node, constant=None, tracer=mode.tracer)
 
     # --- tensors ----------------------------------------------------------------------------------

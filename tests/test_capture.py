@@ -439,3 +439,85 @@ def test_the_filters_of_warnings_are_as_before_even_where_calls_nest() -> None:
     with capturing():
         torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))
         assert warnings.filters == before
+
+
+# --- what torch cannot trace ----------------------------------------------------------------------
+
+
+class OtherwiseCompiled(Model):
+    """Its first layer gives more tokens under a compiler, which the second does not take."""
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        return self._second(self._first(x, pad), x, pad)
+
+    def _first(self, x: Tensor, pad: Tensor | None) -> Tensor:
+        x = self.layers[0](x, pad)
+        return torch.cat([x, x], 1) if torch.compiler.is_compiling() else x
+
+    def _second(self, x: Tensor, y: Tensor, pad: Tensor | None) -> Tensor:
+        return y + self.layers[1](x + y, pad)
+
+
+def test_a_model_that_fails_under_a_compiler_alone_runs_as_it_was_and_the_report_says_so() -> None:
+    original = OtherwiseCompiled().eval()
+    model = rewriter.optimize(copy.deepcopy(original), FUSE)
+    x = tokens()
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(x), original(x))
+        notes = "\n".join(rewriter.inspect(model).notes)
+        assert "runs as it was" in notes
+        assert "must match the size" in notes
+        with pytest.raises(RuntimeError, match="cannot be multiplied|mat1 and mat2"):
+            model(x[..., :3])  # the model's own words
+
+
+def test_a_pass_that_changes_the_function_is_not_given_up_in_silence() -> None:
+    model = rewriter.optimize(OtherwiseCompiled().eval(), "sparse.window(window=2)")
+    with torch.no_grad(), pytest.raises(Exception, match="must match the size"):
+        model(tokens())
+
+
+def test_a_model_in_training_that_fails_under_a_compiler_is_not_run_twice() -> None:
+    model = rewriter.optimize(OtherwiseCompiled().train(), FUSE)
+    with pytest.raises(Exception, match="must match the size"):
+        model(tokens())
+
+
+class Unlikely(Model):
+    """Torch's fake tensors fail between its layers, and real ones do not."""
+
+    def __init__(self) -> None:
+        super().__init__(between=self._cut)
+
+    @staticmethod
+    def _cut(x: Tensor) -> Tensor:
+        return x.reshape(3, *x.shape) if torch.compiler.is_compiling() else x
+
+
+def test_code_that_fails_on_fake_tensors_runs_as_it_was_and_the_rest_is_rewritten() -> None:
+    original = Unlikely().eval()
+    model = rewriter.optimize(copy.deepcopy(original), FUSE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()), original(tokens()))
+    report = rewriter.inspect(model)
+    assert len(report.rewritten) >= 1
+    assert any("torch cannot trace" in note for note in report.notes)
+
+
+class Scanned(Attention):
+    """Attention after a sum over tokens that is written with vmap inside."""
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        weights = torch.vmap(lambda row: row.softmax(0))(self.q(x).flatten(1))
+        return super().forward(x + weights.view_as(x), pad)
+
+
+def test_gradients_flow_through_a_region_of_vmap() -> None:
+    original = Scanned()
+    model = rewriter.optimize(copy.deepcopy(original), FUSE)
+    for module in (original, model):
+        module(tokens()).square().sum().backward()
+    assert len(rewriter.inspect(model).rewritten) == 1
+    for (name, x), y in zip(original.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(y.grad, x.grad, msg=lambda text, name=name: f"{name}: {text}")
