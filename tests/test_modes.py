@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -463,7 +465,6 @@ def test_weights_that_are_fetched_for_each_call_are_those_that_count(
 ) -> None:
     """Hooks break the graph at every linear layer; attention between two of them is rewritten, and
     one graph serves both layers."""
-    accelerate = pytest.importorskip("accelerate")
     original = Layers(plain)
     model = copy.deepcopy(original)
     with torch.no_grad():
@@ -508,7 +509,6 @@ def test_a_rewritten_model_is_saved_as_the_original(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_adapters_are_trained_switched_off_and_merged(when: str) -> None:
     """Added to a model that is rewritten then, or to one that is rewritten already."""
-    peft = pytest.importorskip("peft")
 
     def adapted(model: Any) -> Any:
         torch.manual_seed(0)
