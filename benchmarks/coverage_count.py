@@ -19,6 +19,8 @@ ANCHORS = (
     "aten._safe_softmax",
     "aten._scaled_dot_product",
     "aten._flash_attention",
+    "aten._native_multi_head_attention",
+    "aten._transformer_encoder_layer_fwd",
 )
 
 

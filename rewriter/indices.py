@@ -87,6 +87,17 @@ class Bounds:
         ends = self._ends(index)
         return ends is not None and bool(ends[0].is_nonnegative) and _fits(ends[1] + 1, size)
 
+    def clamped(self, index: Expr, size: Expr) -> Expr:
+        """The index, kept from 0 to below the size where it may lie outside."""
+        if index == 0 or not index.free_symbols or self.below(index, size):
+            return index
+        ends = self._ends(index)
+        if ends is None or not ends[0].is_nonnegative:
+            index = cast(Expr, Maximum(index, 0))
+        if ends is None or not _fits(ends[1] + 1, size):
+            index = cast(Expr, Minimum(index, size - 1))
+        return index
+
     def _ends(self, index: Expr) -> tuple[Expr, Expr] | None:
         """The smallest and the largest value, or what they lie between, if that can be said."""
         if index.is_Integer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import sympy
@@ -28,7 +28,7 @@ from rewriter.frame import (
 )
 from rewriter.indices import as_number
 from rewriter.operands import Unreadable, operand, split_of_heads
-from rewriter.reading import Index, Reader, op_name, shape_of
+from rewriter.reading import Index, op_name, shape_of
 from rewriter.scores import (
     ScoreReader,
     first_product,
@@ -70,31 +70,31 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
     q_len, kv_len = sizes[row[0]], sizes[values.summed]
     lead_sizes = [sizes[x] for x in lead]
 
-    def reading(frame: Frame) -> tuple[dict[str, Expr], Index, float, Boolean]:
+    def reading(frame: Frame) -> tuple[dict[str, Expr], _Weights]:
         index = dict(zip(lead, frame.lead, strict=True))
         index |= {row[0]: sym.q, values.summed: sym.k, column[0]: COLUMN}
         where = values.operand_index(weights, weight_axes, index)
-        return index, *_weights_at(found.anchor, weights, where, frame, facts)
+        return index, _weights_at(found.anchor, weights, where, frame, facts)
 
     frame = frame_of(lead_sizes, q_len, kv_len)
-    index, at, dropout, kept = reading(frame)
+    index, read = reading(frame)
     if len(lead_sizes) == 1:
         heads = split_of_heads(
-            at,
+            read.index,
             reader_of(facts, frame.bounds),
             value,
             values.operand_index(value, value_axes, index),
         )
         if heads is None:
-            for side, where in first_product(found.anchor, at, frame, facts):
+            for side, where in first_product(found.anchor, read.index, frame, facts):
                 heads = heads or split_of_heads((), reader_of(facts, frame.bounds), side, where)
         if heads is not None:
             frame = frame_of(lead_sizes, q_len, kv_len, heads)
-            index, at, dropout, kept = reading(frame)
-    _check_axis(found.anchor, at)
+            index, read = reading(frame)
+    _check_axis(found.anchor, read.index)
 
     scores = ScoreReader(facts, frame, opaque)
-    source, source_index = without_shift(found.anchor, at)
+    source, source_index = without_shift(found.anchor, read.index)
     raw = scores.reader.at(source, source_index)
     if scores.product is None:
         if any(node in facts.written for node in scores.reader.leaves.values()):
@@ -102,11 +102,9 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
         raise Unreadable("no product of queries with keys was found in its scores")
     sink = sink_of(scores.reader, source, source_index, cast(int, found.anchor.args[1]), frame)
     score, mask, masked = split_mask(as_number(raw), PRODUCT, trained_by(facts, scores.reader))
-    if kept != sympy.true:
-        if kept != mask:
-            raise Unreadable(
-                f"its weights are set to 0 but for {_text(kept, facts, scores.reader)}"
-            )
+    if read.kept != sympy.true:
+        if read.kept != mask:
+            raise Unreadable(f"its weights are changed before they meet the values: {read.text}")
         masked = "zero"
     if sink is not None and masked in ("add", "mean"):
         masked = "zero"
@@ -135,7 +133,7 @@ def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> L
         masked=masked,
         sink=sink,
         scale=Integer(1),
-        dropout=dropout,
+        dropout=read.dropout,
         out_order=tuple(axes.index(x) for x in values.axes),
         score_node=source,
         product=product.node,
@@ -194,11 +192,26 @@ def _axis_sizes(c: Contraction) -> dict[str, Expr]:
     return sizes
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """How the product with the values reads the softmax."""
+
+    index: Index
+    dropout: float
+    kept: Boolean
+    """The condition under which a weight is not set to 0."""
+    text: str
+    """What the product reads, with the names of tensors."""
+
+
 def _weights_at(
     anchor: fx.Node, weights: fx.Node, index: Index, frame: Frame, facts: GraphFacts
-) -> tuple[Index, float, Boolean]:
-    """The index at which the product reads the softmax, the dropout on the way, and the condition
-    under which a weight is not set to 0."""
+) -> _Weights:
+    """What the product with the values reads at the index.
+
+    Raises:
+        Unreadable: if that is more than a weight of the softmax, dropped out or set to 0.
+    """
     reached: list[Index] = []
     dropout = 0.0
 
@@ -216,20 +229,15 @@ def _weights_at(
 
     reader = reader_of(facts, frame.bounds, stop)
     seen = reader.at(weights, index)
+    names = {symbol: Symbol(facts.origin(node)[0]) for symbol, node in reader.leaves.items()}
+    text = sym.formula_text(cast(Expr, seen.xreplace(names)))
     kept: Boolean = sympy.true
     if isinstance(seen, sym.Where) and set(seen.args[1:]) == {WEIGHT, Integer(0)}:
         kept = seen.args[0] if seen.args[1] == WEIGHT else cast(Boolean, sympy.Not(seen.args[0]))
         seen = cast(Expr, WEIGHT)
     if seen != WEIGHT or len(set(reached)) != 1:
-        text = _text(seen, facts, reader)
         raise Unreadable(f"its weights are changed before they meet the values: {text}")
-    return reached[0], dropout, kept
-
-
-def _text(formula: Formula, facts: GraphFacts, reader: Reader) -> str:
-    """The formula with the names of its tensors."""
-    names = {symbol: Symbol(facts.origin(node)[0]) for symbol, node in reader.leaves.items()}
-    return sym.formula_text(cast(Expr, formula.xreplace(names)))
+    return _Weights(reached[0], dropout, kept, text)
 
 
 def _check_axis(anchor: fx.Node, at: Index) -> None:

@@ -79,12 +79,15 @@ class Reader:
         self.stop = stop
         self.leaves: dict[Symbol, fx.Node] = {}
         self.exact = 0
-        self._memo: dict[tuple[fx.Node, Index, bool], Formula] = {}
+        self.guarded = 0
+        """Above 0 while a part of a tensor is read under a condition on the indices: outside of the
+        part its elements are not used, and their indices may not exist."""
+        self._memo: dict[tuple[fx.Node, Index, bool, bool], Formula] = {}
         self._names: dict[fx.Node, Symbol] = {}
 
     def at(self, node: fx.Node, index: Sequence[Expr]) -> Formula:
         """The element of `node` at `index`, one expression a dimension."""
-        key = (node, tuple(index), bool(self.exact))
+        key = (node, tuple(index), bool(self.exact), bool(self.guarded))
         if key not in self._memo:
             self._memo[key] = self._read(node, key[1])
         return self._memo[key]
@@ -107,12 +110,22 @@ class Reader:
                 return result
         return self.leaf(node, index)
 
+    def part(self, node: fx.Node, index: Sequence[Expr]) -> Formula:
+        """The element of a part of a tensor, to be used only where the index is one of the part."""
+        self.guarded += 1
+        try:
+            return self.at(node, index)
+        finally:
+            self.guarded -= 1
+
     def leaf(self, node: fx.Node, index: Index) -> Formula:
         """A read of the tensor itself, where nothing more is known of it."""
         if node not in self._names:
             self._names[node] = Symbol(node.name)
             self.leaves[self._names[node]] = node
         shape = shape_of(node)
+        if self.guarded:
+            index = tuple(self.bounds.clamped(i, n) for i, n in zip(index, shape, strict=True))
         read = Read(
             self._names[node],
             *(Integer(0) if n == 1 else i for i, n in zip(index, shape, strict=True)),
@@ -209,4 +222,7 @@ def where(condition: Boolean, x: Expr, y: Expr) -> Expr:
 
 def choose(condition: Boolean, x: Formula, y: Formula) -> Formula:
     """`x if condition else y` of truth values, as logic."""
+    if sympy.true in (x, y):
+        condition, other = (condition, y) if x == sympy.true else (sympy.Not(condition), x)
+        return cast(Boolean, sympy.Or(condition, other))
     return cast(Boolean, sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y)))

@@ -240,7 +240,8 @@ def _cat(r: Reader, node: fx.Node, index: Index) -> Formula | None:
         position = index[dim] - start
         if pieces and r.bounds.below(index[dim], start):
             break
-        pieces.append((start + size, r.at(part, (*index[:dim], position, *index[dim + 1 :]))))
+        read = r.part(part, (*index[:dim], position, *index[dim + 1 :]))
+        pieces.append((start + size, read))
         start += size
     return _chain(index[dim], pieces)
 
@@ -321,7 +322,7 @@ def _pad(r: Reader, node: fx.Node, index: Index) -> Formula | None:
             inside.append(compare(">=", result[dim], Integer(0)))
         if right != 0:
             inside.append(compare("<", result[dim], shape[dim]))
-    value = r.at(source_of(node), tuple(result))
+    value = r.part(source_of(node), tuple(result))
     if isinstance(value, Boolean) and fill in (0, 1):
         return choose(cast(Boolean, sympy.And(*inside)), value, sympy.true if fill else sympy.false)
     return cast(Expr, Where(sympy.And(*inside), as_number(value), fill))

@@ -468,7 +468,7 @@ def test_a_model_that_fails_under_a_compiler_alone_runs_as_it_was_and_the_report
         notes = "\n".join(rewriter.inspect(model).notes)
         assert "runs as it was" in notes
         assert "must match the size" in notes
-        with pytest.raises(RuntimeError, match="cannot be multiplied|mat1 and mat2"):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(x[..., :3])  # the model's own words
 
 

@@ -365,13 +365,28 @@ def mask_by_a_sum_of_truths(q, k, v, pad):
     return scores(q, k).masked_fill(hidden > 0, LOWEST).softmax(-1) @ v
 
 
+@spelling("softmax( s | q - 2 < 0 ∨ pad[b, k] ) · v, s = q·k/2")
+def mask_with_rows_before_it(q, k, v, pad):
+    seen = keys(pad).expand(-1, 1, q.shape[2] - 2, -1)
+    return scores(q, k).masked_fill(~F.pad(seen, (0, 0, 2, 0), value=True), LOWEST).softmax(-1) @ v
+
+
+@spelling("softmax( s | k < 2 ∨ pad[b, max(k - 2, 0)] ) · v, s = q·k/2")
+def mask_with_keys_before_it(q, k, v, pad):
+    seen = torch.cat([torch.ones_like(pad[:, :2]), pad[:, :-2]], 1)
+    return scores(q, k).masked_fill(~keys(seen), LOWEST).softmax(-1) @ v
+
+
 @spelling(PADDED)
 def hidden_weights_set_to_zero(q, k, v, pad):
     weights = scores(q, k).masked_fill(~keys(pad), LOWEST).softmax(-1)
     return weights.masked_fill(~keys(pad), 0.0) @ v
 
 
-@left_alone("attention", "its weights are set to 0 but for k ≤ q")
+@left_alone(
+    "attention",
+    "its weights are changed before they meet the values: (0 if k > q else weight)",
+)
 def other_weights_set_to_zero(q, k, v, pad):
     weights = scores(q, k).masked_fill(~keys(pad), LOWEST).softmax(-1)
     return weights.masked_fill(~bool_causal(q, k), 0.0) @ v
