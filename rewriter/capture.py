@@ -209,8 +209,6 @@ def capturing(recompiles: int = 256) -> Iterator[list[str]]:
     Yields:
         The reasons why torch could not trace a part of the model, one a part, as they come.
     """
-    lost = _Lost()
-    logger = logging.getLogger("torch._dynamo.convert_frame")
     with (
         torch._dynamo.config.patch(
             specialize_float=True,
@@ -220,22 +218,18 @@ def capturing(recompiles: int = 256) -> Iterator[list[str]]:
                 4 * recompiles, torch._dynamo.config.accumulated_recompile_limit
             ),
         ),
-        _quiet_tracing(),
+        _quiet_tracing() as lost,
     ):
-        logger.addFilter(lost)
-        try:
-            yield lost.reasons
-        finally:
-            logger.removeFilter(lost)
+        yield lost
 
 
 class _Lost(logging.Filter):
     """Takes what torch logs of code that it cannot trace, for the report to say."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread: int) -> None:
         super().__init__()
         self.reasons: list[str] = []
-        self.thread = threading.get_ident()
+        self.thread = thread
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -257,14 +251,15 @@ _tracing = threading.local()
 
 
 @contextmanager
-def _quiet_tracing() -> Iterator[None]:
+def _quiet_tracing() -> Iterator[list[str]]:
     """No warnings of `OF_TRACING`, while torch traces; a call that traces nothing is left alone.
+    Yields what torch says of code that it cannot trace.
 
     Python forgets which warnings it has shown whenever filters change, so they must not change in
     every call. Of calls within calls only the outermost does something.
     """
     if getattr(_tracing, "quiet", False):
-        yield
+        yield []
         return
     from torch._dynamo.callback import callback_handler  # Dynamo takes a second to import
 
@@ -284,9 +279,12 @@ def _quiet_tracing() -> Iterator[None]:
     callback_handler.register_start_callback(start)
     callback_handler.register_end_callback(end)
     _tracing.quiet = True
+    lost, logger = _Lost(own), logging.getLogger("torch._dynamo.convert_frame")
+    logger.addFilter(lost)
     try:
-        yield
+        yield lost.reasons
     finally:
+        logger.removeFilter(lost)
         _tracing.quiet = False
         callback_handler.remove_start_callback(start)
         callback_handler.remove_end_callback(end)

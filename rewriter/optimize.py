@@ -186,7 +186,7 @@ def _may_run_again(
     """After a call that failed under torch's compiler the original may run: nothing that was asked
     for is lost but speed, and no cache or running statistic sees the tokens twice."""
     exact = all(r.action.contract == "exact" for r in state.requests)
-    if isinstance(error, RewriterError) or not exact or model.training:
+    if isinstance(error, RewriterError) or not exact or model.training or state.watcher is not None:
         return False
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     return all(isinstance(x, torch.Tensor | int | float | str | None) for x in leaves)
