@@ -14,7 +14,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from rewriter.errors import CaptureError
 from rewriter.find import clean_path, module_path
 from rewriter.indices import as_size
+from rewriter.logs import logging_at
 from rewriter.reading import op_name, value_of
 from rewriter.recompute import keep_random_state
 from rewriter.retrace import Tracing
@@ -224,17 +225,19 @@ def capturing(recompiles: int = 256) -> Iterator[list[str]]:
 
 
 class _Lost(logging.Filter):
-    """Takes what torch logs of code that it cannot trace, for the report to say."""
+    """Takes what torch logs of code that it cannot trace, for the report to say; of all else it
+    lets pass what is at the level that the logger shows."""
 
-    def __init__(self, thread: int) -> None:
+    def __init__(self, thread: int, level: int) -> None:
         super().__init__()
         self.reasons: list[str] = []
         self.thread = thread
+        self.level = level
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if error is None or record.thread != self.thread:
-            return True
+            return record.levelno >= self.level
         self.reasons.append(first_line(error))
         return False
 
@@ -279,10 +282,14 @@ def _quiet_tracing() -> Iterator[list[str]]:
     callback_handler.register_start_callback(start)
     callback_handler.register_end_callback(end)
     _tracing.quiet = True
-    lost, logger = _Lost(own), logging.getLogger("torch._dynamo.convert_frame")
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    shown = logger.getEffectiveLevel()
+    lost = _Lost(own, shown)
     logger.addFilter(lost)
+    quiet = logging_at(logger.name, logging.WARNING) if shown > logging.WARNING else nullcontext()
     try:
-        yield lost.reasons
+        with quiet:
+            yield lost.reasons
     finally:
         logger.removeFilter(lost)
         _tracing.quiet = False

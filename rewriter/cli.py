@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
-import logging
 import sys
 import traceback
 import warnings
@@ -27,6 +26,7 @@ from rich.text import Text
 from rewriter import registry
 from rewriter.datasheet import data_sheet, list_view, sheet_view
 from rewriter.errors import CaptureError, InputError, NotEquivalent, PassError, RewriterError
+from rewriter.logs import logging_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -332,7 +332,7 @@ def _working(debug: bool) -> Iterator[_Step]:
         if not debug:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            logging.getLogger("torch").setLevel(logging.ERROR)
+            stack.enter_context(logging_at("torch"))
         stack.enter_context(step.status)
         yield step
 

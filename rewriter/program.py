@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from rewriter.capture import uncompiled
 from rewriter.errors import ExportError, InputError
+from rewriter.logs import logging_at
 from rewriter.optimize import call_arguments
 from rewriter.runtime import reason_of, resized
 from rewriter.trees import Tree, flatten
@@ -276,12 +276,6 @@ def _free(name: str, root: str, axis: int, taken: Any) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings of the exporters, which name nothing that a user can change."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with logging_at("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

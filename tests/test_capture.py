@@ -495,10 +495,13 @@ class Unlikely(Model):
         return x.reshape(3, *x.shape) if torch.compiler.is_compiling() else x
 
 
-def test_code_that_fails_on_fake_tensors_runs_as_it_was_and_the_rest_is_rewritten() -> None:
+@pytest.mark.parametrize("level", ["DEBUG", "ERROR"])
+def test_code_that_fails_on_fake_tensors_runs_as_it_was_and_the_rest_is_rewritten(
+    level: str, caplog: pytest.LogCaptureFixture
+) -> None:
     original = Unlikely().eval()
     model = rewriter.optimize(copy.deepcopy(original), FUSE)
-    with torch.no_grad():
+    with torch.no_grad(), caplog.at_level(level, logger="torch"):
         torch.testing.assert_close(model(tokens()), original(tokens()))
     report = rewriter.inspect(model)
     assert len(report.rewritten) >= 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import InputError
 from rewriter.isolation import COMPILED, evaluating, precise, seeded
+from rewriter.logs import logging_at
 from rewriter.verify.leaves import copied, leaves_of
 
 __all__ = ["Gold", "OneCall", "Text", "padded_prompts", "recorded", "written"]
@@ -242,18 +242,6 @@ def _running(module: nn.Module, arguments: Any, seed: int) -> Iterator[None]:
         torch.no_grad(),
         evaluating(module),
         seeded(seed, {t.device for t in tensors}),
-        _quiet(),
+        logging_at("transformers"),  # it advises against padding on the right, tried on purpose
     ):
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without advice about padding on the right, which is tried here on purpose."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
