@@ -62,8 +62,9 @@ def insert_all(captured: Captured, work: Sequence[Work], target: str, model: nn.
             captured.notes.append(f"{item.lifted.site.name}: {note}")
 
 
-def copied(captured: Captured, work: Sequence[Work]) -> tuple[Captured, list[Work]]:
-    """The same graph again, with fake values and metadata, and the sites as they stand in it."""
+def copied(captured: Captured, work: Sequence[Work] = ()) -> tuple[Captured, list[Work]]:
+    """The same graph again, with fake values and metadata, and the sites as they stand in it;
+    without what is known of its constants."""
     mapping: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     output = graph.graph_copy(captured.graph, mapping)
@@ -75,6 +76,8 @@ def copied(captured: Captured, work: Sequence[Work]) -> tuple[Captured, list[Wor
         prefix=captured.prefix,
         is_root=captured.is_root,
         inputs={mapping[n]: origin for n, origin in captured.inputs.items() if n in mapping},
+        written=frozenset(mapping[n] for n in captured.written if n in mapping),
+        without_grad=frozenset(mapping[n] for n in captured.without_grad if n in mapping),
         autocast={mapping[n]: dtype for n, dtype in captured.autocast.items() if n in mapping},
     )
     return copy, [replace(w, lifted=w.lifted.moved(mapping)) for w in work]

@@ -32,6 +32,7 @@ from rewriter.logs import logging_at
 from rewriter.reading import op_name, value_of
 from rewriter.recompute import keep_random_state
 from rewriter.retrace import Tracing
+from rewriter.tables import band_of
 
 __all__ = ["Captured", "capturing", "export", "first_line", "from_dynamo", "from_exported"]
 
@@ -86,7 +87,7 @@ class Captured:
     """The graph starts at the model itself. One that starts at a part of it, after a graph break,
     may serve several such parts, and its paths are those of the first."""
     constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
-    """Inputs whose value never changes."""
+    """Inputs whose value never changes, or is looked at in each call."""
     parameters: dict[str, fx.Node] | None = None
     """In an exported graph, the input that holds each parameter and buffer of the model; in a graph
     of the lazy door None."""
@@ -332,7 +333,27 @@ def from_dynamo(
     normalize(module)
     captured.written = written_nodes(module.graph)
     captured.without_grad, captured.autocast = regions(module.graph)
+    captured.constants = _bands(captured, given)
     return captured
+
+
+def _bands(captured: Captured, given: Sequence[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """The buffers, and other tensors that modules hold, whose values are those of a formula.
+
+    Args:
+        given: the inputs of the graph that Dynamo gave, in the same order.
+    """
+    found = {}
+    inputs = (n for n in captured.graph.nodes if n.op == "placeholder")
+    for node, source in zip(inputs, given, strict=True):
+        arg = source.meta.get("grapharg")
+        held = getattr(arg, "example", None) if arg is not None else None
+        plain = isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter | FakeTensor)
+        if not plain or node in captured.written or "L['self']" not in _source_text(arg):
+            continue
+        if band_of(cast(torch.Tensor, held)) is not None:
+            found[node] = cast(torch.Tensor, held)
+    return found
 
 
 def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:

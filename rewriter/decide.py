@@ -66,17 +66,16 @@ class State:
     """The model runs as it was: under torch's compiler it fails."""
     prunes: bool = False
     """The model was optimized before: what its new passes do not ask for goes."""
-    softmaxes: int = 0
-    """Softmax nodes that are left in the graphs."""
+    softmaxes: dict[int, int] = field(default_factory=dict)
+    """Softmax nodes that are left in each graph."""
     breaks: set[str] = field(default_factory=set)
     """Places in the source where torch could not go on with a graph."""
 
     def report(self) -> Report:
         notes = tuple(dict.fromkeys(self.notes))
         recompiles = len(self.frames) - len(set(self.frames))
-        return Report(
-            tuple(self.sites), self.graphs, notes, self.softmaxes, len(self.breaks), recompiles
-        )
+        left = sum(self.softmaxes.values())
+        return Report(tuple(self.sites), self.graphs, notes, left, len(self.breaks), recompiles)
 
 
 @dataclass(frozen=True)

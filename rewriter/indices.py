@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import sympy
 import torch
-from sympy import Expr, Integer, Symbol
+from sympy import Expr, Float, Integer, Symbol
 from sympy.logic.boolalg import Boolean
 
 from rewriter import symbols as sym
 from rewriter.symbols import Formula, IDiv, IMod, Maximum, Minimum
 
-__all__ = ["Bounds", "as_size", "compare", "concrete"]
+__all__ = ["Bounds", "as_size", "compare", "concrete", "literal"]
 
 
 def as_size(value: Any) -> Expr:
@@ -317,6 +317,18 @@ def compare(op: str, x: Expr, y: Expr) -> Boolean:
             width, offset = rest.as_independent(*rest.free_symbols, as_Add=True)
             return cast(Boolean, sympy.Lt(sym.q - sym.k - offset, width))
     return cast(Boolean, _RELATION[op](x, y))
+
+
+def literal(value: bool | int | float) -> Formula:
+    """A number or truth value of Python or torch."""
+    if isinstance(value, bool):
+        return cast(Boolean, sympy.true if value else sympy.false)
+    if isinstance(value, int):
+        return Integer(value)
+    if value in (float("inf"), -float("inf")):
+        return cast(Expr, sympy.oo if value > 0 else -sympy.oo)
+    whole = value == int(value) and abs(value) < 2**24
+    return Integer(int(value)) if whole else cast(Expr, Float(value))
 
 
 def as_number(x: Formula) -> Expr:

@@ -25,7 +25,7 @@ from rewriter.additions import (
     not_asked_for,
     without_additions,
 )
-from rewriter.assemble import assembled, insert_all
+from rewriter.assemble import assembled, copied, insert_all
 from rewriter.capture import Captured, capturing, first_line, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of, split_request
 from rewriter.errors import (
@@ -41,6 +41,7 @@ from rewriter.isolation import COMPILED, kept_buffers
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
 from rewriter.report import Report, SiteReport
+from rewriter.tables import TakenForGranted, band_of
 from rewriter.watch import Watched, watched
 
 __all__ = [
@@ -468,19 +469,28 @@ class _Backend:
         self.state.graphs += 1
         compiling = torch._guards.CompileContext.current_compile_id()
         self.state.frames.append(-1 if compiling is None else int(compiling.frame_id or 0))
+        names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
+        arguments = list(signature(model.forward).parameters)
+        return self._made(gm, lambda: from_dynamo(gm, names, arguments), number)
+
+    def _made(
+        self, gm: fx.GraphModule, capture: Callable[[], Captured], number: int
+    ) -> Callable[..., Any]:
+        """What runs in the place of the graph."""
+        model = cast(nn.Module, self.model())
         sites: list[SiteReport] = []
         try:
-            names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
-            captured = from_dynamo(gm, names, list(signature(model.forward).parameters))
+            captured = capture()
             planned = plan_of(captured, model, self.state, number)
             sites = planned.reports
             refusal = split_request(self.state.sites, sites, self.state.requests)
             if refusal is not None:
                 return _refusing(refusal)
-            run = self._run(gm, captured, planned, model)
+            as_tensors = self._without_constants(gm, captured, number)
+            run = self._run(gm, captured, planned, number)
             self.state.notes.extend(captured.notes)
             self.state.sites.extend(sites)
-            return run
+            return run if as_tensors is None else as_tensors(run)
         except InputError as error:
             self.state.failure = error
             return cast(Callable[..., Any], gm)
@@ -503,13 +513,47 @@ class _Backend:
         self.state.notes.append(f"graph {number} runs as it was: {why}")
         return cast(Callable[..., Any], gm)
 
+    def _without_constants(
+        self, gm: fx.GraphModule, captured: Captured, number: int
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+        """Where buffers of the model were read as formulas, what makes the run of the graph look at
+        their values in each call; when one has changed, the graph is planned anew."""
+        inputs = [n for n in captured.graph.nodes if n.op == "placeholder"]
+        places = [n for n, node in enumerate(inputs) if node in captured.constants]
+        if not places:
+            return None
+        granted = TakenForGranted({n: captured.constants[inputs[n]] for n in places})
+        plain = copied(captured)[0]
+
+        def again(args: Sequence[Any]) -> Captured:
+            new = [n for n in plain.graph.nodes if n.op == "placeholder"]
+            plain.constants = {new[n]: args[n] for n in places if band_of(args[n]) is not None}
+            return plain
+
+        def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
+            chosen: list[Callable[..., Any]] = [run]
+
+            def call(*args: Any) -> Any:
+                changed = granted.changed(args) if chosen[0] is run else None
+                if changed is not None:
+                    self.state.sites = [s for s in self.state.sites if s.graph != number]
+                    chosen[0] = self._made(gm, lambda: again(args), number)
+                    origin = captured.inputs[inputs[changed]][1]
+                    self.state.notes.append(f"graph {number}: {origin} changed, and was read anew")
+                return chosen[0](*args)
+
+            return call
+
+        return guarded
+
     def _run(
-        self, gm: fx.GraphModule, captured: Captured, planned: Planned, model: nn.Module
+        self, gm: fx.GraphModule, captured: Captured, planned: Planned, number: int
     ) -> Callable[..., Any]:
+        model = cast(nn.Module, self.model())
         watcher, target = self.state.watcher, self.state.target
         if watcher is None:
             run = assembled(gm, captured, planned, target, model)
-            self.state.softmaxes += softmaxes(captured.graph)
+            self.state.softmaxes[number] = softmaxes(captured.graph)
             return run
         form = watched(captured, planned, target, model)
         return lambda *args: watcher(form, args)

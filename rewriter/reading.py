@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import sympy
 import torch
-from sympy import Expr, Float, Integer, Symbol
+from sympy import Expr, Integer, Symbol
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from rewriter.indices import Bounds, as_number, as_size, as_truth
+from rewriter.indices import Bounds, as_number, as_size, as_truth, literal
 from rewriter.symbols import Formula, Read, Where
+from rewriter.tables import band_of
 
 __all__ = ["Index", "Reader", "Rule", "op_name", "shape_of", "value_of"]
 
@@ -101,7 +102,10 @@ class Reader:
             return self.scalar(node)
         known = self.constant(node)
         if known is not None and known.numel() == 1:
-            return _number(known.item())
+            return literal(known.item())
+        band = band_of(known) if known is not None else None
+        if band is not None:
+            return band.at(index)
         if node.op == "call_function":
             name = "getitem" if node.target is operator.getitem else op_name(node)
             rule = self.rules.get(name)
@@ -155,7 +159,7 @@ class Reader:
             return as_size(arg)
         if isinstance(arg, torch.SymFloat):
             return cast(Expr, arg.node.expr)
-        return _number(arg)
+        return literal(arg)
 
     def number(self, arg: Any, index: Index, to: fx.Node | None = None) -> Expr:
         return as_number(self.broadcast(arg, index, to))
@@ -180,22 +184,6 @@ def broadcast_index(source: fx.Node, result: fx.Node | None, index: Index) -> In
     )
     return tuple(
         Integer(0) if n == 1 and m != 1 else i for i, n, m in zip(tail, shape, sizes, strict=True)
-    )
-
-
-def _number(value: Any) -> Formula:
-    if isinstance(value, bool):
-        return cast(Boolean, sympy.true if value else sympy.false)
-    if isinstance(value, int):
-        return Integer(value)
-    if value == float("inf"):
-        return cast(Expr, sympy.oo)
-    if value == float("-inf"):
-        return cast(Expr, -sympy.oo)
-    return (
-        Integer(int(value))
-        if value == int(value) and abs(value) < 2**24
-        else cast(Expr, Float(value))
     )
 
 

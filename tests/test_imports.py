@@ -41,7 +41,8 @@ DRAWING = {
     "datasheet": "passbase",
     # reading graphs
     "indices": "symbols",
-    "reading": "indices",
+    "tables": "indices",
+    "reading": "tables",
     "rules_layout": "reading",
     "rules_arithmetic": "reading",
     "rules": "rules_arithmetic rules_layout",
