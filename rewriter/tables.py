@@ -124,7 +124,8 @@ class TakenForGranted:
         """The position of an input that has other values now; None if all are what they were."""
         for n, (tensor, version) in self.seen.items():
             now = args[n]
-            if tensor() is now and now._version == version:
+            is_same = tensor() is now
+            if is_same and now._version == version:
                 continue
             if band_of(now) != self.bands[n]:
                 return n
