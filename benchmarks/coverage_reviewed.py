@@ -15,7 +15,14 @@ NOT_ATTENTION: tuple[tuple[str, str, str], ...] = (
     (r".*", r"(.*\.)?\w*(router|gate)", "a router of experts"),
     ("convbert", r".*attention\.self", "the kernel of a dynamic convolution"),
     ("groupvit", r".*downsample\.assign", "a hard choice of one group a token"),
-    ("lightglue", r".*keypoint_decoder", "a heat map of key points"),
+    (r"deepseek_v\d+|glm\d+_next.*", r".*(attn|ffn)_hc|(.*\.)?layers\.\*", "mixes residual streams"),
+    (r"deepseek_v\d+|glm\d+_next.*", r".*\.(compressor|indexer).*", "pooling of neighbouring tokens by learned gates"),
+    ("dbrx", r"blocks\.\*\.ffn", "a router of experts"),
+    ("zoedepth", r"metric_head.*", "the bins of a depth"),
+    (r"ovis2.*", r"(|vision_tower)", "a choice of visual words"),
+    (r"blt.*", r"(|patcher)", "the entropy of the next byte"),
+    (r"granite_speech.*", r"(|.*encoder)", "the words heard so far, fed back to the encoder"),
+    (r"lightglue|superglue|superpoint", r".*keypoint_decoder", "a heat map of key points"),
     ("mgp-str", r"\w+_a3_module", "pooling of tokens by learned scores"),
     ("patchtsmixer", r".*gating_block.*", "a gate over features"),
     ("vits", r"(|.*flows.*)", "the bins of a spline"),
@@ -53,8 +60,8 @@ LEFT_ALONE: tuple[tuple[str, str, str], ...] = (
         "additive attention: scores of a linear layer, one context vector, no product with keys",
     ),
     (
-        "oneformer|mask2former|.*detr.*|.*grounding-dino|omdet-turbo|d_fine|deimv2",
-        r".*(deformable_layer\.self_attn|encoder_attn|encoder\.layers\.\*\.self_attn)",
+        "oneformer|mask2former|.*detr.*|.*grounding-dino|omdet-turbo|d_fine|deimv2|pp_doclayout.*",
+        r".*(deformable_layer\.self_attn|encoder_attn|cross_attn|encoder\.layers\.\*\.self_attn)",
         "deformable sampling: the weights of sampled points come from the query alone",
     ),
     (
@@ -69,10 +76,10 @@ NEVER_READ: tuple[tuple[str, str, int, str], ...] = (
     ("groupvit", r".*downsample\.assign", 2, "a soft choice beside the hard one"),
     ("lilt", r".*attention\.self", 1, "the layout stream of the last layer"),
     ("pegasus_x", r"encoder\.layers\.\*\.self_attn", 1, "global tokens of the last layer"),
-    ("cohere2_vision|aya_vision", r"vision_tower\.head\.attention", 1, "an unused pooler"),
-    ("vitmatte", r"backbone\.encoder\.layer\.\*\.attention", 1, "a stage behind the last output"),
+    (".*", r"vision_(tower|model)\.head\.attention", 1, "an unused pooler"),
+    ("vitmatte|vitpose", r"backbone\.encoder\.layer.*", 1, "a stage behind the last output"),
     (".*grounding-dino", r".*swin\.encoder\.layers.*", 1, "a stage behind the last output"),
-    ("sam2_vision_model", r"backbone\.blocks\.\*\.attn", 7, "weights beside fused attention"),
+    ("sam2.*", r"(.*backbone\.)?blocks\.\*\.attn", 7, "weights beside fused attention"),
 )
 """Attention that a forward computes without need, how often, and what it is: a graph has none of
 it."""

@@ -230,6 +230,8 @@ def _decide(
     if spec is None:
         decision = "kept" if site.kind == "attention" else "not attention"
         return SiteReport(site, 0, None, cast(Any, decision), reason=site.reason), None
+    if site.reason:
+        return SiteReport(site, 0, spec, "kept", "original", site.reason), None
     if state.only is not None and site.name not in state.only:
         return SiteReport(site, 0, spec, "kept", "original", "it is to be left alone"), None
     requests, shared = _selectable(state.requests, captured)

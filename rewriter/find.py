@@ -86,6 +86,8 @@ class Found:
     is no such product."""
     reason: str = ""
     """Why it is not an attention that can be lifted; empty if it may be one."""
+    escapes: str = ""
+    """What else reads its weights, in words; empty if nothing does."""
 
 
 def dataflow(graph: fx.Graph) -> networkx.DiGraph:
@@ -144,12 +146,7 @@ def _follow(anchor: fx.Node, flow: networkx.DiGraph) -> Found:
             anchor,
             reason=f"its weights are multiplied with {len(products)} tensors: {_names(products)}",
         )
-    if escapes:
-        reason = (
-            f"its weights are also used by {_names(escapes)}, so they have to be computed anyway"
-        )
-        return Found(anchor, product=products[0], reason=reason)
-    return Found(anchor, product=products[0])
+    return Found(anchor, product=products[0], escapes=_names(escapes))
 
 
 def _without_values(anchor: fx.Node, escapes: list[fx.Node]) -> Found:

@@ -42,9 +42,12 @@ def lift(found: Found, facts: GraphFacts, opaque: bool = False) -> Lifted:
         lifted = lift_form(found, facts, site, opaque)
         _refuse_overwritten(lifted, anchor, facts)
         _refuse_partly_without_grad(lifted, anchor, facts)
-        return lifted
     except Unreadable as error:
         return Lifted(replace(site, reason=str(error)), found)
+    if not found.escapes or lifted.site.spec is None:
+        return lifted
+    reason = f"its weights are also used by {found.escapes}, so they have to be computed anyway"
+    return replace(lifted, site=replace(lifted.site, reason=reason))
 
 
 def _refuse_overwritten(lifted: Lifted, end: fx.Node, facts: GraphFacts) -> None:

@@ -77,13 +77,15 @@ def operand(
             dimensions.
     """
     _know_columns(reader, node, index)
+    # what a product joins has one size, which torch may know under two names that it cannot compare
     read = {i: n for i, n in zip(index, shape_of(node), strict=True) if i.is_Symbol}
     sizes: dict[Expr, Expr] = {**reader.bounds.sizes, **read}
     sizes |= {x: reader.bounds.sizes[x] for x in (sym.b, sym.h) if x in reader.bounds.sizes}
     best: Operand | None = None
     factors: tuple[tuple[Any, bool], ...] = ()
     while True:
-        here = _canonical(node, index, row, factors) if _is_whole(node, index, sizes) else None
+        is_whole = _is_whole(node, index, sizes) or _is_whole(node, index, sizes | read)
+        here = _canonical(node, index, row, factors) if is_whole else None
         if here is not None and _better(here, best):
             best = here
         step = step_up(reader, node, index)

@@ -208,7 +208,8 @@ def _compare(op: str) -> Rule:
             if plain is not None:
                 return plain
         x, y = as_number(x), as_number(y)
-        return _by_cases(op, x, y) or compare(op, x, y)
+        cases = _by_cases(op, x, y)
+        return compare(op, x, y) if cases is None else cases
 
     return rule
 

@@ -46,7 +46,7 @@ class Site:
     """Where each tensor that the formulas read comes from: `("slopes", "buffer
     decoder.slopes")`."""
     reason: str = ""
-    """Why the site has no spec."""
+    """Why the site has no spec, or stays as it is although it has one."""
     notes: tuple[str, ...] = ()
     """What a reader should know, such as a mask that could not be read as logic."""
 
