@@ -15,8 +15,16 @@ NOT_ATTENTION: tuple[tuple[str, str, str], ...] = (
     (r".*", r"(.*\.)?\w*(router|gate)", "a router of experts"),
     ("convbert", r".*attention\.self", "the kernel of a dynamic convolution"),
     ("groupvit", r".*downsample\.assign", "a hard choice of one group a token"),
-    (r"deepseek_v\d+|glm\d+_next.*", r".*(attn|ffn)_hc|(.*\.)?layers\.\*", "mixes residual streams"),
-    (r"deepseek_v\d+|glm\d+_next.*", r".*\.(compressor|indexer).*", "pooling of neighbouring tokens by learned gates"),
+    (
+        r"deepseek_v\d+|glm\d+_next.*",
+        r".*(attn|ffn)_hc|(.*\.)?layers\.\*",
+        "mixes residual streams",
+    ),
+    (
+        r"deepseek_v\d+|glm\d+_next.*",
+        r".*\.(compressor|indexer).*",
+        "pooling of neighbouring tokens by learned gates",
+    ),
     ("dbrx", r"blocks\.\*\.ffn", "a router of experts"),
     ("zoedepth", r"metric_head.*", "the bins of a depth"),
     (r"ovis2.*", r"(|vision_tower)", "a choice of visual words"),

@@ -117,6 +117,7 @@ def _compare(lifted: Lifted, facts: GraphFacts, seed: int, small: bool, *, lengt
         small=small,
         length=length,
     )
+    sample.draw_truths(lifted)
     real = sample.run(score)
     dtype = torch.float64 if real.dtype == torch.float64 else torch.float32
 

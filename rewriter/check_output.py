@@ -70,6 +70,7 @@ def _compare(lifted: Lifted, facts: GraphFacts, *, small: bool) -> str:
     if B * H * L * max(M, concrete_expr(operands[2].dim, sample.shape)) > MAX_ELEMENTS:
         raise Skip("too large to be checked on samples")
 
+    sample.draw_truths(lifted)
     start = sample.run(operands[0].node)
     sample.values[operands[0].node] = start * _factor(spec, operands[0], sample)
     q, k, v = (_laid_out(x, sample) for x in operands)

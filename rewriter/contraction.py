@@ -14,10 +14,12 @@ import torch
 from sympy import Expr, Integer
 from torch import fx
 
+from rewriter.indices import as_number
 from rewriter.reading import Index, Reader, broadcast_index, op_name, shape_of, value_of
 from rewriter.rules_layout import permute_index, slice_index, view_index
+from rewriter.symbols import Formula
 
-__all__ = ["Contraction", "Step", "contraction_of", "step_up"]
+__all__ = ["Contraction", "Step", "contraction_of", "outer", "step_up"]
 
 OPERATIONS = ("aten.matmul", "aten.bmm", "aten.mm", "aten.baddbmm", "aten.einsum")
 
@@ -89,6 +91,17 @@ def contraction_of(node: fx.Node) -> Contraction | None:
         added=None if beta == 0 else added,
         beta=beta,
     )
+
+
+def outer(r: Reader, node: fx.Node, index: Index) -> Formula | None:
+    """The rule of a product that sums nothing: of a column with a row, such as who is padding of
+    queries and of keys."""
+    c = contraction_of(node)
+    if c is None or c.summed_size != 1 or c.added is not None or c.alpha != 1:
+        return None
+    where = dict(zip(c.axes, index, strict=True)) | {c.summed: cast(Expr, Integer(0))}
+    a = r.at(c.a, c.operand_index(c.a, c.a_axes, where))
+    return as_number(a) * as_number(r.at(c.b, c.operand_index(c.b, c.b_axes, where)))
 
 
 def _einsum(node: fx.Node) -> Contraction | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewriter.contraction import outer
 from rewriter.reading import Rule
 from rewriter.rules_arithmetic import ARITHMETIC
 from rewriter.rules_layout import LAYOUT, getitem
@@ -18,4 +19,7 @@ def _table(rules: dict[str, Rule]) -> dict[str, Rule]:
     return result
 
 
-RULES: dict[str, Rule] = {**_table({**LAYOUT, **ARITHMETIC}), "getitem": getitem}
+RULES: dict[str, Rule] = {
+    **_table({"matmul bmm mm": outer, **LAYOUT, **ARITHMETIC}),
+    "getitem": getitem,
+}

@@ -15,11 +15,13 @@ from rewriter.contraction import Contraction, contraction_of
 from rewriter.frame import GraphFacts, Lifted
 from rewriter.indices import as_size, concrete
 from rewriter.reading import op_name, shape_of, value_of
+from rewriter.spec import SoftmaxSpec
 
 __all__ = ["LONGEST_SMALL", "MAX_ELEMENTS", "Sample", "Skip", "concrete_expr"]
 
 MAX_NODES = 2000
 MAX_ELEMENTS = 2**24
+_HUGE = 1e30
 _SMALL = (5, 3, 7, 4, 6)
 LONGEST_SMALL = min(_SMALL)
 """Distances between positions are smaller than this at every small size."""
@@ -137,6 +139,22 @@ class Sample:
         except Exception as error:
             name, why = op_name(node) or node.name, str(error).splitlines()[0][:120]
             raise Skip(f"{name} does not run on samples: {why}") from error
+
+    def draw_truths(self, lifted: Lifted) -> None:
+        """Random 0 and 1 for tensors that the score multiplies with a huge number, to hide keys:
+        other values would be beyond what a score can hold."""
+        spec = cast(SoftmaxSpec, lifted.site.spec)
+        masks = {
+            str(read.args[0])
+            for term in sympy.Add.make_args(spec.score)
+            if abs(term.as_coeff_Mul()[0]) > _HUGE
+            for read in sym.reads(term)
+        }
+        for tensor, node in zip(spec.tensors, lifted.tensors, strict=True):
+            if tensor.name in masks:
+                like = self.run(node)
+                draw = torch.rand(like.shape, generator=self.generator) < 0.6
+                self.values[node] = draw.to(like.dtype)
 
     def computed(self) -> list[torch.Tensor]:
         """Every floating tensor of the subgraph: its coarsest dtype decides how near is near

@@ -95,7 +95,7 @@ class ScoreReader:
                         self.reader.scalar(contraction.beta)
                     )
                 return value
-            return self.reader.leaf(node, index)
+            return None if contraction.summed_size == 1 else self.reader.leaf(node, index)
         if self.opaque and isinstance(value_of(node), torch.Tensor) and not leads_to_product(node):
             return self.reader.leaf(node, index)
         return None

@@ -45,7 +45,7 @@ DRAWING = {
     "reading": "tables",
     "rules_layout": "reading",
     "rules_arithmetic": "reading",
-    "rules": "rules_arithmetic rules_layout",
+    "rules": "contraction rules_arithmetic",
     "contraction": "rules_layout",
     "operands": "contraction",
     "formulas": "reading spec",
