@@ -16,7 +16,7 @@ from rewriter.decide import Planned, Work
 from rewriter.insert import insert
 from rewriter.recompute import closed
 
-__all__ = ["assembled", "chooser", "copied", "insert_all"]
+__all__ = ["as_tensors", "assembled", "chooser", "copied", "insert_all"]
 
 
 def assembled(
@@ -29,17 +29,17 @@ def assembled(
     """
     changed, fused = planned.changed, planned.fused
     if not changed and not fused:
-        return cast(Callable[..., Any], gm)
+        return _as_given(gm, captured)
     pays = chooser(captured, fused)
     if pays is False:
         if changed:
             insert_all(captured, changed, target, model)
             return cast(Callable[..., Any], closed(captured.module))
-        return cast(Callable[..., Any], gm)
+        return _as_given(gm, captured)
     if pays is True:
         insert_all(captured, [*changed, *fused], target, model)
         return cast(Callable[..., Any], closed(captured.module))
-    short: Callable[..., Any] = gm
+    short = _as_given(gm, captured)
     if changed:
         copy, work = copied(captured, changed)
         insert_all(copy, work, target, model)
@@ -49,9 +49,18 @@ def assembled(
     return lambda *args: long(*args) if pays(args) else short(*args)
 
 
+def _as_given(gm: fx.GraphModule, captured: Captured) -> Callable[..., Any]:
+    """Dynamo's graph, over the inputs of the captured one."""
+    run = cast(Callable[..., Any], gm)
+    more = sum(len(way.recipe.leaves) for way in captured.recipes.values())
+    return (lambda *args: run(*args[:-more])) if more else run
+
+
 def insert_all(captured: Captured, work: Sequence[Work], target: str, model: nn.Module) -> None:
     for item in work:
         insert(captured, item.lifted, item.spec, target, model)
+    for made, mask in captured.remade.items():  # what still reads it takes the one that is there
+        made.replace_all_uses_with(mask)
     captured.graph.eliminate_dead_code()
     captured.graph.lint()
     captured.module.recompile()
@@ -60,6 +69,23 @@ def insert_all(captured: Captured, work: Sequence[Work], target: str, model: nn.
         if item.lifted.found.anchor in alive:
             note = "the original weights are still computed, because something else reads them"
             captured.notes.append(f"{item.lifted.site.name}: {note}")
+
+
+def as_tensors(captured: Captured) -> Captured:
+    """The same graph again, in which what was known of inputs of this process is not: bands are
+    tensors, and masks those that are given."""
+    copy, _ = copied(captured)
+    for made, mask in copy.remade.items():
+        made.replace_all_uses_with(mask)
+    copy.graph.eliminate_dead_code()
+    more = sum(len(way.recipe.leaves) for way in copy.recipes.values())
+    inputs = [n for n in copy.graph.nodes if n.op == "placeholder"]
+    for node in inputs[len(inputs) - more :]:
+        copy.inputs.pop(node, None)
+        copy.graph.erase_node(node)
+    copy.recipes, copy.remade = {}, {}
+    copy.module.recompile()
+    return copy
 
 
 def copied(captured: Captured, work: Sequence[Work] = ()) -> tuple[Captured, list[Work]]:
@@ -77,6 +103,8 @@ def copied(captured: Captured, work: Sequence[Work] = ()) -> tuple[Captured, lis
         is_root=captured.is_root,
         inputs={mapping[n]: origin for n, origin in captured.inputs.items() if n in mapping},
         written=frozenset(mapping[n] for n in captured.written if n in mapping),
+        recipes=captured.recipes,
+        remade={mapping[made]: mapping[mask] for made, mask in captured.remade.items()},
         without_grad=frozenset(mapping[n] for n in captured.without_grad if n in mapping),
         autocast={mapping[n]: dtype for n, dtype in captured.autocast.items() if n in mapping},
     )

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewriter.errors import CaptureError
 from rewriter.find import clean_path, module_path
+from rewriter.handed import Handed, Made
 from rewriter.indices import as_size
 from rewriter.logs import logging_at
 from rewriter.reading import op_name, value_of
@@ -91,6 +92,10 @@ class Captured:
     parameters: dict[str, fx.Node] | None = None
     """In an exported graph, the input that holds each parameter and buffer of the model; in a graph
     of the lazy door None."""
+    recipes: dict[int, Made] = field(default_factory=dict)
+    """How inputs of these positions were made, by another graph of the model."""
+    remade: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Where the graph makes them anew, and the inputs themselves."""
     notes: list[str] = field(default_factory=list)
     """What went less well than the report of each site says."""
     written: frozenset[fx.Node] = frozenset()
@@ -300,7 +305,10 @@ def _quiet_tracing() -> Iterator[list[str]]:
 
 
 def from_dynamo(
-    gm: fx.GraphModule, names: Mapping[int, str], arguments: Sequence[str] = ()
+    gm: fx.GraphModule,
+    names: Mapping[int, str],
+    arguments: Sequence[str] = (),
+    handed: Handed | None = None,
 ) -> Captured:
     """The graph that Dynamo gave to a backend, in pre-dispatch ATen.
 
@@ -308,6 +316,8 @@ def from_dynamo(
         gm: a graph of torch functions, whose inputs carry fake tensors.
         names: the path of each parameter and buffer of the model, by `id`.
         arguments: the names of the positional arguments of the model's forward.
+        handed: masks that other graphs of the model have made. Where an input is one of them, the
+            graph makes it anew, from inputs that come after its own.
 
     Raises:
         CaptureError: if torch cannot trace it; the message carries torch's reason.
@@ -318,23 +328,48 @@ def from_dynamo(
     mode = next((x.fake_mode for x in fakes if isinstance(x, FakeTensor)), None)
     if mode is None:
         raise CaptureError("a graph without tensor inputs has no fake tensors to trace with")
+    recipes = _recipes(given, handed)
     try:
         with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher():
-            module = _traced(gm, fakes)
+            module = _traced(gm, fakes, recipes, mode)
     except Exception as error:
         raise CaptureError(
             f"torch could not re-trace a graph of the model: {first_line(error)}"
         ) from error
-    captured = Captured(module, is_root=False)
-    for node, source in zip(
-        (n for n in module.graph.nodes if n.op == "placeholder"), given, strict=True
-    ):
+    captured = Captured(module, is_root=False, recipes=recipes)
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node, source in zip(inputs, given, strict=False):
         captured.inputs[node] = _described(source, names, arguments, captured)
+    origins = [x for way in recipes.values() for x in way.recipe.origins]
+    captured.inputs |= dict(zip(inputs[len(given) :], origins, strict=True))
     normalize(module)
+    captured.remade = _remade(module.graph, [inputs[n] for n in recipes])
     captured.written = written_nodes(module.graph)
     captured.without_grad, captured.autocast = regions(module.graph)
     captured.constants = _bands(captured, given)
     return captured
+
+
+def _recipes(given: Sequence[fx.Node], handed: Handed | None) -> dict[int, Made]:
+    """How each input was made that another graph has made, by position."""
+    found = {}
+    for place, source in enumerate(given):
+        arg = source.meta.get("grapharg")
+        made = handed.find(getattr(arg, "example", None)) if handed and arg is not None else None
+        if made is not None:
+            found[place] = made.way()
+    return found
+
+
+def _remade(graph: fx.Graph, masks: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The node of each mask that the graph makes anew, with the input that it stands for; the graph
+    gives them no longer."""
+    if not masks:
+        return {}
+    (output,) = graph.find_nodes(op="output")
+    results, remade = cast(Any, output.args[0])
+    output.args = (results,)
+    return dict(zip(remade, masks, strict=True))
 
 
 def _bands(captured: Captured, given: Sequence[fx.Node]) -> dict[fx.Node, torch.Tensor]:
@@ -345,7 +380,7 @@ def _bands(captured: Captured, given: Sequence[fx.Node]) -> dict[fx.Node, torch.
     """
     found = {}
     inputs = (n for n in captured.graph.nodes if n.op == "placeholder")
-    for node, source in zip(inputs, given, strict=True):
+    for node, source in zip(inputs, given, strict=False):
         arg = source.meta.get("grapharg")
         held = getattr(arg, "example", None) if arg is not None else None
         plain = isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter | FakeTensor)
@@ -356,13 +391,30 @@ def _bands(captured: Captured, given: Sequence[fx.Node]) -> dict[fx.Node, torch.
     return found
 
 
-def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
-    """The graph in ATen. Should writing what repeats itself fail, everything is traced."""
+def _traced(
+    gm: fx.GraphModule, fakes: Sequence[Any], ways: Mapping[int, Made], mode: FakeTensorMode
+) -> fx.GraphModule:
+    """The graph in ATen. Should writing what repeats itself fail, everything is traced.
+
+    Where masks are made anew, their leaves are inputs after those of the graph, and the masks stand
+    beside its results.
+    """
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    leaves = [way.leaves_like(fakes[n], mode) for n, way in ways.items()]
     for repeats in (True, False):
         tracing = Tracing(gm, repeats)
+
+        def run(*args: Any, tracing: Tracing = tracing) -> Any:
+            own, more = list(args[: len(fakes)]), iter(args[len(fakes) :])
+            for n, way in ways.items():
+                own[n] = way.again(own[n], [next(more) for _ in way.recipe.leaves])
+            results = tracing.run(*own)
+            return (results, [own[n] for n in ways]) if ways else results
+
         try:
-            module = make_fx(tracing.run, tracing_mode="fake", pre_dispatch=True)(*fakes)
+            module = make_fx(run, tracing_mode="fake", pre_dispatch=True)(
+                *fakes, *(x for xs in leaves for x in xs)
+            )
             log.debug("%d calls traced, %d repeated", tracing.traced, tracing.repeated)
             if any(isinstance(x, FakeTensor) for x in (*vars(module).values(), *module.buffers())):
                 raise CaptureError("values of a transform such as vmap are hidden from its tracer")

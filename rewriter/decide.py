@@ -22,6 +22,7 @@ from rewriter.errors import LoweringError, RewriterError
 from rewriter.find import Found, find
 from rewriter.formulas import on_one_axis
 from rewriter.frame import Lifted
+from rewriter.handed import Handed
 from rewriter.indices import Bounds
 from rewriter.lift import lift
 from rewriter.passbase import Request, apply
@@ -60,6 +61,8 @@ class State:
 
     frames: list[int] = field(default_factory=list)
     """For each graph, torch's number of the code that it was made from."""
+    handed: Handed = field(default_factory=Handed)
+    """Masks that graphs of the model have made."""
     replaced: Any = None
     """What `Module.compile` had installed before."""
     gave_up: bool = False

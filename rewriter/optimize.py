@@ -25,7 +25,7 @@ from rewriter.additions import (
     not_asked_for,
     without_additions,
 )
-from rewriter.assemble import assembled, copied, insert_all
+from rewriter.assemble import as_tensors, assembled, insert_all
 from rewriter.capture import Captured, capturing, first_line, from_dynamo
 from rewriter.decide import Planned, State, layer_count, plan_of, split_request
 from rewriter.errors import (
@@ -37,6 +37,7 @@ from rewriter.errors import (
     SelectorError,
 )
 from rewriter.find import softmaxes
+from rewriter.handed import recipes_of
 from rewriter.isolation import COMPILED, kept_buffers
 from rewriter.passbase import Pass, Request, unmatched
 from rewriter.registry import read_requests
@@ -471,7 +472,8 @@ class _Backend:
         self.state.frames.append(-1 if compiling is None else int(compiling.frame_id or 0))
         names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
         arguments = list(signature(model.forward).parameters)
-        return self._made(gm, lambda: from_dynamo(gm, names, arguments), number)
+        handed = self.state.handed
+        return self._made(gm, lambda: from_dynamo(gm, names, arguments, handed), number)
 
     def _made(
         self, gm: fx.GraphModule, capture: Callable[[], Captured], number: int
@@ -486,11 +488,11 @@ class _Backend:
             refusal = split_request(self.state.sites, sites, self.state.requests)
             if refusal is not None:
                 return _refusing(refusal)
-            as_tensors = self._without_constants(gm, captured, number)
+            guarded = self._guard(gm, captured, number)
             run = self._run(gm, captured, planned, number)
             self.state.notes.extend(captured.notes)
             self.state.sites.extend(sites)
-            return run if as_tensors is None else as_tensors(run)
+            return guarded(run)
         except InputError as error:
             self.state.failure = error
             return cast(Callable[..., Any], gm)
@@ -513,34 +515,50 @@ class _Backend:
         self.state.notes.append(f"graph {number} runs as it was: {why}")
         return cast(Callable[..., Any], gm)
 
-    def _without_constants(
+    def _guard(
         self, gm: fx.GraphModule, captured: Captured, number: int
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-        """Where buffers of the model were read as formulas, what makes the run of the graph look at
-        their values in each call; when one has changed, the graph is planned anew."""
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """What makes the run of a graph look, in each call, at what was taken for granted of its
+        inputs: the values of buffers, and how masks were made. When that is no longer so, the graph
+        is planned anew. What the graph itself makes for others is remembered."""
         inputs = [n for n in captured.graph.nodes if n.op == "placeholder"]
-        places = [n for n, node in enumerate(inputs) if node in captured.constants]
-        if not places:
-            return None
-        granted = TakenForGranted({n: captured.constants[inputs[n]] for n in places})
-        plain = copied(captured)[0]
+        places = {n: captured.constants[x] for n, x in enumerate(inputs) if x in captured.constants}
+        handed, recipes, makes = self.state.handed, captured.recipes, recipes_of(captured)
+        granted = TakenForGranted(places)
+        plain = as_tensors(captured) if places or recipes else captured
 
         def again(args: Sequence[Any]) -> Captured:
             new = [n for n in plain.graph.nodes if n.op == "placeholder"]
             plain.constants = {new[n]: args[n] for n in places if band_of(args[n]) is not None}
             return plain
 
+        def remembering(run: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                out = run(*args)
+                for n, recipe in makes.items():
+                    handed.keep(out[n], recipe, args)
+                return out
+
+            return call if makes else run
+
         def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
-            chosen: list[Callable[..., Any]] = [run]
+            run = remembering(run)
+            if not places and not recipes:
+                return run
+            other: list[Callable[..., Any]] = []
 
             def call(*args: Any) -> Any:
-                changed = granted.changed(args) if chosen[0] is run else None
-                if changed is not None:
-                    self.state.sites = [s for s in self.state.sites if s.graph != number]
-                    chosen[0] = self._made(gm, lambda: again(args), number)
-                    origin = captured.inputs[inputs[changed]][1]
-                    self.state.notes.append(f"graph {number}: {origin} changed, and was read anew")
-                return chosen[0](*args)
+                if other:
+                    return other[0](*args)
+                leaves, changed = handed.leaves_of(args, recipes), granted.changed(args)
+                if leaves is not None and changed is None:
+                    return run(*args, *leaves)
+                self.state.sites = [s for s in self.state.sites if s.graph != number]
+                other.append(self._made(gm, lambda: again(args), number))
+                what = next(iter(recipes)) if changed is None else changed
+                origin = captured.inputs[inputs[what]][1]
+                self.state.notes.append(f"graph {number}: {origin} changed, and was read anew")
+                return other[0](*args)
 
             return call
 
