@@ -22,6 +22,7 @@ from torch import nn
 import rewriter
 from rewriter import symbols as sym
 from rewriter.report import Report
+from rewriter.spec import SoftmaxSpec
 from rewriter.symbols import Read
 
 __all__ = ["Row", "measure"]
@@ -203,8 +204,9 @@ def _read(row: Row, report: Report, runs: Counter[int], calls: Counter[str]) -> 
         row.rewritten += times * (line.decision == "rewritten")
         if str(spec) not in row.formulas.setdefault(place, []):
             row.formulas[place].append(str(spec))
-        row.opaque_masks += times * any(map(_is_mask, spec.opaque_reads()))
-        row.opaque_biases += times * any(not _is_mask(r) for r in spec.opaque_reads())
+        masks = [_is_mask(read, spec) for read in spec.opaque_reads()]
+        row.opaque_masks += times * any(masks)
+        row.opaque_biases += times * (not all(masks))
     for place, times in (calls - found).items():
         times -= never_read(row.name, place)
         if times <= 0 or not_attention(row.name, place):
@@ -218,9 +220,11 @@ def _read(row: Row, report: Report, runs: Counter[int], calls: Counter[str]) -> 
         row.missing = {}
 
 
-def _is_mask(read: Read) -> bool:
-    """A tensor of queries and keys that all heads share: a mask, whatever its values are."""
-    return not read.has(sym.h)
+def _is_mask(read: Read, spec: SoftmaxSpec) -> bool:
+    """A tensor of queries and keys that all heads share: a mask, whatever its values are; one that
+    says which row of a table of biases to take is none."""
+    tables = [r for f in spec.formulas for r in sym.reads(f) if r.has(sym.h)]
+    return not read.has(sym.h) and not any(i.has(read) for r in tables for i in r.index)
 
 
 def inductor_count(model: nn.Module, inputs: dict[str, Any]) -> int:
