@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import add, mul
 from typing import Any, TypeAlias, cast
 
 import sympy
@@ -52,9 +53,9 @@ def evaluate(
         case "Read":
             return _read(cast(sym.Read, formula), values, tensors, dtype)
         case "Add":
-            return fold(lambda x, y: x + y)
+            return fold(lambda x, y: add(*_wide(x, y, dtype)))
         case "Mul":
-            return fold(lambda x, y: x * y)
+            return fold(lambda x, y: mul(*_wide(x, y, dtype)))
         case "And":
             return fold(lambda x, y: x & y)
         case "Or":
@@ -124,6 +125,15 @@ def _read(
     return source[
         tuple(i if isinstance(i, Tensor) else torch.tensor(i, device=source.device) for i in index)
     ]
+
+
+def _wide(x: Value, y: Value, dtype: torch.dtype) -> tuple[Value, Value]:
+    """Whole numbers of a tensor meet a fraction in the dtype that is asked for: torch would take
+    its default."""
+    for a, c in ((x, y), (y, x)):
+        if isinstance(a, float) and isinstance(c, Tensor) and not c.is_floating_point():
+            return (x.to(dtype), y) if c is x else (x, cast(Tensor, y).to(dtype))
+    return x, y
 
 
 def _float32(x: Value) -> Value:

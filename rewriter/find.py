@@ -233,6 +233,7 @@ def clean_path(path: str) -> str:
     """A module path without the spelling of the tracer that wrote it: `L['self'].a._modules['0'].b`
     is `a.0.b`."""
     path = re.sub(r"L\['\w+'\]", "", path, count=1)
+    path = re.sub(r"\.__dict__\['_(modules|parameters|buffers)'\]\['", ".", path)
     for before, after in (
         ("._modules['", "."),
         ("._parameters['", "."),

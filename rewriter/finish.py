@@ -145,11 +145,12 @@ def _fitted(q: Operand, k: Operand, v: Operand, frame: Frame) -> tuple[Operand, 
     kv_heads = k.heads if k.heads != 1 else v.heads
     q = q.expanded(frame.batch, frame.heads)
     k, v = k.expanded(frame.batch, kv_heads), v.expanded(frame.batch, kv_heads)
+    loose = {x for n in (q.heads, k.heads, v.heads, frame.heads) for x in n.free_symbols}
     if q.heads != frame.heads or k.heads != v.heads:
         heads = f"{q.heads} for q, {k.heads} for k and {v.heads} for v"
-        raise Unreadable(f"the product has {frame.heads} heads, of {heads}")
+        raise Unreadable(f"the product has {frame.heads} heads, of {heads}", loose)
     if k.heads not in (1, q.heads) and not (q.heads / k.heads).is_integer:
-        raise Unreadable(f"{q.heads} query heads are not a multiple of {k.heads} key heads")
+        raise Unreadable(f"{q.heads} query heads are not a multiple of {k.heads} key heads", loose)
     return q, k, v
 
 

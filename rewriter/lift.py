@@ -8,8 +8,11 @@ score stage.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
+import torch
+from sympy import Symbol
 from torch import fx
 
 from rewriter.find import SDPA, Found, layer_of
@@ -17,7 +20,7 @@ from rewriter.frame import GraphFacts, Lifted
 from rewriter.lift_sdpa import lift_sdpa
 from rewriter.lift_softmax import lift_softmax
 from rewriter.operands import Unreadable
-from rewriter.reading import op_name
+from rewriter.reading import op_name, value_of
 from rewriter.rules_layout import has_float_input
 from rewriter.sites import Site
 
@@ -40,14 +43,27 @@ def lift(found: Found, facts: GraphFacts, opaque: bool = False) -> Lifted:
     try:
         lift_form = lift_sdpa if op_name(found.anchor) == SDPA else lift_softmax
         lifted = lift_form(found, facts, site, opaque)
+        counts = [x.heads for x in (lifted.q, lifted.k) if x is not None]
+        if _fixed(anchor.graph, {x for n in counts for x in n.free_symbols}):
+            return lift(found, facts, opaque)
         _refuse_overwritten(lifted, anchor, facts)
         _refuse_partly_without_grad(lifted, anchor, facts)
     except Unreadable as error:
+        if _fixed(anchor.graph, error.loose):
+            return lift(found, facts, opaque)
         return Lifted(replace(site, reason=str(error)), found)
     if not found.escapes or lifted.site.spec is None:
         return lifted
     reason = f"its weights are also used by {found.escapes}, so they have to be computed anyway"
     return replace(lifted, site=replace(lifted.site, reason=reason))
+
+
+def _fixed(graph: fx.Graph, loose: Collection[Symbol]) -> bool:
+    """Makes constants of the graph of numbers that it was given, such as how many heads a module
+    has; torch captures it anew for another number. False if none of them is such a number."""
+    inputs = [value_of(n) for n in graph.nodes if n.op == "placeholder"]
+    found = [x for x in inputs if isinstance(x, torch.SymInt) and x.node.expr in loose]
+    return bool([int(x) for x in found])
 
 
 def _refuse_overwritten(lifted: Lifted, end: fx.Node, facts: GraphFacts) -> None:

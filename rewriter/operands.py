@@ -7,7 +7,7 @@ scalar factors on q or k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -27,7 +27,15 @@ aten = torch.ops.aten
 
 
 class Unreadable(Exception):
-    """A region that is not understood; the text is the reason that the report shows."""
+    """A region that is not understood; the text is the reason that the report shows.
+
+    Attributes:
+        loose: sizes that would have to be constants of the graph.
+    """
+
+    def __init__(self, reason: str, loose: Collection[Symbol] = ()) -> None:
+        super().__init__(reason)
+        self.loose = frozenset(loose)
 
 
 @dataclass(frozen=True)

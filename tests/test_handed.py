@@ -183,6 +183,35 @@ def test_without_counted_writes_it_is_a_tensor() -> None:
     assert all("mask" in formula for formula in formulas(model))
 
 
+class Halves(nn.Module):
+    """A number of heads that comes through a graph break as a number like any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.heads = nn.Linear(WIDTH, 3 * WIDTH), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, key_heads, x = self.heads, self.heads, x * 1.0
+        torch._dynamo.graph_break()
+        q, k, v = self.qkv(x).split(WIDTH, 2)
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (key_heads, -1)).transpose(1, 2) for t in (k, v))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(8)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_number_of_heads_that_crosses_a_break_becomes_a_constant() -> None:
+    original = Halves().eval()
+    model = rewriter.optimize(copy.deepcopy(original), FUSE)
+    for heads in (4, 8, 2, 4):
+        original.heads = model.heads = heads
+        x = inputs()[0]
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), original(x))
+    sites = rewriter.inspect(model).rewritten
+    assert {s.site.heads for s in sites} == {2, 4, 8}
+
+
 def test_nothing_is_kept_of_a_mask_that_is_gone() -> None:
     from rewriter.optimize import _STATES
 

@@ -134,6 +134,18 @@ def scale_of_each_head(q, k, v, pad):
 # --- how the products are spelled -----------------------------------------------------------------
 
 
+@spelling("softmax( s - 1e+30·(0 if pad[b, k] else 1)·(0 if pad[b, q] else 1) ) · v, s = q·k/2")
+def padding_of_both_as_a_product(q, k, v, pad):
+    hidden = 1.0 - pad.to(q.dtype)[..., None]
+    return (scores(q, k) + ((hidden @ hidden.mT) * -1e30)[:, None]).softmax(-1) @ v
+
+
+@spelling(PADDED)
+def padding_as_a_comparison_of_a_comparison(q, k, v, pad):
+    hidden = (pad.long() == 0).long() > 0
+    return scores(q, k).masked_fill(keys(hidden), LOWEST).softmax(-1) @ v
+
+
 @spelling(PLAIN)
 def keys_times_queries(q, k, v, pad):
     return (k @ q.mT * 0.5).transpose(-1, -2).softmax(-1) @ v
