@@ -508,6 +508,44 @@ def test_code_that_fails_on_fake_tensors_runs_as_it_was_and_the_rest_is_rewritte
     assert any("torch cannot trace" in note for note in report.notes)
 
 
+class Pairs(Attention):
+    """Images come in pairs, and each attends to the other one of its pair."""
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        batch, length, width = x.shape
+        other = x.reshape(-1, 2, length, width).flip(1).reshape(batch, length, width)
+        q = self.q(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        k, v = (p(other).unflatten(-1, (2, -1)).transpose(1, 2) for p in (self.k, self.v))
+        return ((q @ k.mT * 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Tied(nn.Module):
+    """Codes of one sequence are four rows, which are told of one text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, codes: Tensor, text: Tensor) -> Tensor:
+        length, width = codes.shape[1:]
+        x = codes.reshape(codes.shape[0] // 4, 4, length, width).sum(1)
+        q = self.q(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        k, v = (p(text).unflatten(-1, (2, -1)).transpose(1, 2) for p in (self.k, self.v))
+        return ((q @ k.mT * 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_size_that_torch_knows_under_two_names_is_one() -> None:
+    original = Pairs().eval()
+    model = rewriter.optimize(copy.deepcopy(original), FUSE)
+    for batch in (4, 6):
+        assert len(assert_same(model, original, tokens(batch)).rewritten) == 1
+    tied = Tied().eval()
+    model = rewriter.optimize(copy.deepcopy(tied), FUSE)
+    for batch in (3, 5):
+        report = assert_same(model, tied, tokens(4 * batch), tokens(batch, 9))
+        assert len(report.rewritten) == 1
+
+
 class Scanned(Attention):
     """Attention after a sum over tokens that is written with vmap inside."""
 

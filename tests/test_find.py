@@ -129,6 +129,7 @@ def test_weights_that_are_dropped_twice_are_left_alone() -> None:
         ("L['self']._modules['0'].b", "0.b"),
         ("L['module'].layers[3].attention", "layers.3.attention"),
         ("layers.3", "layers.3"),
+        ("L['self'].__dict__['_modules']['blocks']._modules['0'].attn", "blocks.0.attn"),
         ("L['self']._modules['a']._parameters['weight']", "a.weight"),
         ("", ""),
     ],
