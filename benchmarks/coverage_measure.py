@@ -175,7 +175,7 @@ def _others(row: Row, calls: Counter[str]) -> None:
     row.counted = calls.total()
     for place, times in calls.items():
         reason = not_attention(row.name, place)
-        row.others += times if reason else min(times, never_read(row.name, place))
+        row.others += times * bool(reason)
         row.other_reasons = sorted({*row.other_reasons, *([reason] if reason else [])})
 
 
@@ -208,8 +208,12 @@ def _read(row: Row, report: Report, runs: Counter[int], calls: Counter[str]) -> 
         row.opaque_masks += times * any(masks)
         row.opaque_biases += times * (not all(masks))
     for place, times in (calls - found).items():
-        times -= never_read(row.name, place)
-        if times <= 0 or not_attention(row.name, place):
+        if not_attention(row.name, place):
+            continue
+        unread = min(times, never_read(row.name, place))
+        row.others += unread
+        times -= unread
+        if not times:
             continue
         if left_alone(row.name, place):
             row.named += times

@@ -25,6 +25,7 @@ NOT_ATTENTION: tuple[tuple[str, str, str], ...] = (
         r".*\.(compressor|indexer).*",
         "pooling of neighbouring tokens by learned gates",
     ),
+    ("diffusers/NucleusMoEImageTransformer2DModel", r".*img_mlp", "a router of experts"),
     ("dbrx", r"blocks\.\*\.ffn", "a router of experts"),
     ("zoedepth", r"metric_head.*", "the bins of a depth"),
     (r"ovis2.*", r"(|vision_tower)", "a choice of visual words"),
@@ -71,6 +72,11 @@ LEFT_ALONE: tuple[tuple[str, str, str], ...] = (
         "oneformer|mask2former|.*detr.*|.*grounding-dino|omdet-turbo|d_fine|deimv2|pp_doclayout.*",
         r".*(deformable_layer\.self_attn|encoder_attn|cross_attn|encoder\.layers\.\*\.self_attn)",
         "deformable sampling: the weights of sampled points come from the query alone",
+    ),
+    (
+        r"diffusers/MochiTransformer3DModel",
+        r"transformer_blocks\.\*\.attn1",
+        "each sample alone, over the tokens that are no padding: a loop that torch cannot trace",
     ),
     (
         r"florence2|florence_vision",

@@ -170,12 +170,14 @@ def canonical(
         names[x] = solved if slope == 1 else cast(Expr, IDiv(solved, slope))
     index = {sym.b, sym.h, sym.q, sym.k, sym.s}
     tensor_names = {r.args[0] for f in formulas for r in sym.reads(f)}
-    left = {x for f in formulas for x in f.free_symbols} - names.keys() - index - tensor_names
+    formulas = [f.xreplace(names) for f in formulas]
+    index |= {sym.B, sym.H, sym.L, sym.M}
+    left = {x for f in formulas for x in f.free_symbols} - index - tensor_names
     free_symbols = tuple(sorted(left, key=str))
-    names |= {x: sym.size_symbol(f"n{i}") for i, x in enumerate(free_symbols)}
+    more = {x: cast(Expr, sym.size_symbol(f"n{i}")) for i, x in enumerate(free_symbols)}
     if sizes[2] == 1:
-        names[sym.q] = Integer(0)
-    return [respelled(f.xreplace(names)) for f in formulas], free_symbols
+        more[sym.q] = Integer(0)
+    return [respelled(f.xreplace(more)) for f in formulas], free_symbols
 
 
 def respelled(formula: Formula) -> Formula:

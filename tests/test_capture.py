@@ -546,6 +546,32 @@ def test_a_size_that_torch_knows_under_two_names_is_one() -> None:
         assert len(report.rewritten) == 1
 
 
+class Joint(nn.Module):
+    """Text, some of it padding, and the tokens of an image after it are one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, text: Tensor, image: Tensor, pad: Tensor) -> Tensor:
+        seen = torch.cat([pad, pad.new_ones(image.shape[:2])], 1)
+        q, k, v = (
+            p(torch.cat([text, image], 1)).unflatten(-1, (2, -1)).transpose(1, 2)
+            for p in (self.inner.q, self.inner.k, self.inner.v)
+        )
+        return F.scaled_dot_product_attention(q, k, v, seen[:, None, None, :])
+
+
+def test_two_lengths_of_one_sequence_are_told_apart() -> None:
+    original = Joint().eval()
+    model = rewriter.optimize(copy.deepcopy(original), FUSE)
+    for first, second in ((7, 16), (4, 9), (12, 5)):
+        pad = torch.arange(first) < torch.tensor([[first], [first - 3]])
+        report = assert_same(model, original, tokens(2, first), tokens(2, second), pad)
+    assert (report.graphs, len(report.rewritten), report.notes) == (1, 1, ())
+    assert not report.rewritten[0].site.notes
+
+
 class Scanned(Attention):
     """Attention after a sum over tokens that is written with vmap inside."""
 
