@@ -329,13 +329,17 @@ def from_dynamo(
     if mode is None:
         raise CaptureError("a graph without tensor inputs has no fake tensors to trace with")
     recipes = _recipes(given, handed)
-    try:
-        with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher():
+    with torch.fx.traceback.preserve_node_meta(), enable_python_dispatcher():
+        try:
             module = _traced(gm, fakes, recipes, mode)
-    except Exception as error:
-        raise CaptureError(
-            f"torch could not re-trace a graph of the model: {first_line(error)}"
-        ) from error
+        except Exception as error:
+            if not recipes:
+                raise _not_traced(error) from error
+            recipes = {}
+            try:
+                module = _traced(gm, fakes, recipes, mode)
+            except Exception as again:
+                raise _not_traced(again) from again
     captured = Captured(module, is_root=False, recipes=recipes)
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     for node, source in zip(inputs, given, strict=False):
@@ -348,6 +352,10 @@ def from_dynamo(
     captured.without_grad, captured.autocast = regions(module.graph)
     captured.constants = _bands(captured, given)
     return captured
+
+
+def _not_traced(error: Exception) -> CaptureError:
+    return CaptureError(f"torch could not re-trace a graph of the model: {first_line(error)}")
 
 
 def _recipes(given: Sequence[fx.Node], handed: Handed | None) -> dict[int, Made]:
@@ -408,7 +416,10 @@ def _traced(
             own, more = list(args[: len(fakes)]), iter(args[len(fakes) :])
             for n, way in ways.items():
                 own[n] = way.again(own[n], [next(more) for _ in way.recipe.leaves])
+            versions = [own[n]._version for n in ways]
             results = tracing.run(*own)
+            if versions != [own[n]._version for n in ways]:
+                raise CaptureError("a mask that another graph made is written to")
             return (results, [own[n] for n in ways]) if ways else results
 
         try:

@@ -28,7 +28,7 @@ from rewriter.reading import value_of
 __all__ = ["Handed", "Made", "Recipe", "recipes_of"]
 
 MOST_NODES = 200
-"""Nodes of a recipe."""
+"""Nodes of a recipe, and elements of each constant that it holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Recipe:
         names = {x: Symbol(f"given{n}") for n, (x, _) in enumerate(self.given)}
         names |= {x: Symbol(f"dim{n}") for n, x in reversed([*enumerate(self.shape)])}
         told = [[_renamed(x, names) for x in xs] for xs in (*self.shapes, self.numbers, self.shape)]
-        constants = [str(x) for x in self.module.buffers()]
+        constants = [x.tolist() for x in self.module.buffers()]
         return str(self.module.graph), str(told), self.kinds, str(constants)
 
     def sizes(self, mask: Tensor, given: Sequence[int]) -> dict[Any, Any]:
@@ -225,8 +225,10 @@ def _above(result: fx.Node, facts: Any) -> list[fx.Node] | None:
             return None
         if not isinstance(value_of(node), Tensor | int | torch.SymInt):
             return None
-        if node.op == "get_attr" and facts.constant(node) is None:
-            return None
+        if node.op == "get_attr":
+            constant = facts.constant(node)
+            if constant is None or constant.numel() > MOST_NODES:
+                return None
         if node.op == "call_function" and (
             not isinstance(target, torch._ops.OpOverload)
             or torch.Tag.nondeterministic_seeded in target.tags

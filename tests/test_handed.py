@@ -166,6 +166,18 @@ def test_a_mask_that_is_no_longer_what_was_made_is_read_as_a_tensor(change: Any)
     assert_same(model, original, inputs())
 
 
+def in_place(model: Any, mask: Tensor, pad: Tensor) -> Tensor:
+    """In the graph of the layer."""
+    return mask.logical_and_(mask.roll(1, -1))
+
+
+def test_a_mask_that_the_graph_itself_writes_to_is_a_tensor() -> None:
+    original, model = models(between=in_place)
+    for n in (20, 25):
+        assert_same(model, original, inputs(n))
+    assert READ.isdisjoint(formulas(model))
+
+
 def test_a_number_that_the_mask_was_made_with_may_change() -> None:
     original, model = models()
     assert_same(model, original, inputs())
