@@ -139,7 +139,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "seggpt": {"image_size": [64, 32]},
     "zoedepth": {"bottleneck_features": 64},
-    "superglue": {"hidden_size": 256},
+    "superglue": {"hidden_size": 256, "gnn_layers_types": ["self", "cross"] * 2},
     "swin": WINDOWS,
     "swinv2": WINDOWS,
     "tvp": {"max_img_size": 32, "visual_prompt_size": 4},
