@@ -185,7 +185,7 @@ def test_a_watched_call_that_fails_is_a_failure_where_sites_are_asked_for(
 
 
 class Unread(nn.Module):
-    """An attention that is understood, and one whose weights are used twice."""
+    """An attention that is understood, and one whose weights are summed up along the keys first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Unread(nn.Module):
     def forward(self, x: Tensor, pad: Tensor) -> Tensor:
         x = self.tower(x, pad)["hidden"]
         weights = (x @ x.mT).softmax(-1)
-        return weights @ x + weights.sum(1, keepdim=True).mT
+        return weights.cumsum(-1) @ x
 
 
 def test_sites_that_were_not_understood_are_listed() -> None:
