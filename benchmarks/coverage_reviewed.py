@@ -14,7 +14,7 @@ __all__ = ["LEFT_ALONE", "NEVER_READ", "NOT_ATTENTION", "left_alone", "never_rea
 NOT_ATTENTION: tuple[tuple[str, str, str], ...] = (
     (r".*", r"(.*\.)?\w*(router|gate)", "a router of experts"),
     ("convbert", r".*attention\.self", "the kernel of a dynamic convolution"),
-    ("groupvit", r".*downsample\.assign", "a hard choice of one group a token"),
+    ("groupvit.*", r".*downsample\.assign", "a hard choice of one group a token"),
     (
         r"deepseek_v\d+|glm\d+_next.*",
         r".*(attn|ffn)_hc|(.*\.)?layers\.\*",
@@ -87,7 +87,7 @@ LEFT_ALONE: tuple[tuple[str, str, str], ...] = (
 """Each is found and named; its mathematics is not one product of queries with all keys."""
 
 NEVER_READ: tuple[tuple[str, str, int, str], ...] = (
-    ("groupvit", r".*downsample\.assign", 2, "a soft choice beside the hard one"),
+    ("groupvit.*", r".*downsample\.assign", 2, "a soft choice beside the hard one"),
     ("lilt", r".*attention\.self", 1, "the layout stream of the last layer"),
     ("pegasus_x", r"encoder\.layers\.\*\.self_attn", 1, "global tokens of the last layer"),
     (".*", r"vision_(tower|model)\.head\.attention", 1, "an unused pooler"),

@@ -21,6 +21,7 @@ import torch
 from coverage_shrink import options_of
 from coverage_table import INPUTS, LEFT_OUT, MODELS, OPTIONS, VARIANTS
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["Architecture", "architectures", "build", "guesses", "inputs_of", "named"]
 
@@ -140,13 +141,16 @@ def model_class(name: str, config: type) -> type[nn.Module]:
 @torch.no_grad()
 def _widen(model: nn.Module, seed: int) -> None:
     """Matrices that keep the size of what they multiply: with the usual initialisation attention is
-    nearly uniform, and a wrong score would not show."""
+    nearly uniform, and a wrong score would not show; what stacked convolutions compute vanishes."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and weight.numel():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1.5 * noise / math.sqrt(weight.shape[1]))
+        elif isinstance(module, _ConvNd) and "weight" in module._parameters:
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * math.sqrt(2 / weight[0].numel()))
         elif isinstance(module, nn.Embedding):
             weight.copy_(torch.randn(weight.shape, generator=generator))
 
