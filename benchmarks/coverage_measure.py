@@ -29,6 +29,7 @@ __all__ = ["Row", "measure"]
 
 pipeline = importlib.import_module("rewriter.optimize")  # its name is that of a function, too
 
+WITHOUT_SOFTMAX = ("recurrence", "linear", "product", "gate")
 FUSE = "fuse(from_scores=0)"
 """The exact rewriting at any size: the default leaves sites as small as these alone."""
 
@@ -65,6 +66,8 @@ class Row:
     """Softmaxes that the report calls no attention and the reviewed list does not know."""
     left: dict[str, str] = field(default_factory=dict)
     """Places of attention that is not lifted or not rewritten, and the reason."""
+    relatives: dict[str, str] = field(default_factory=dict)
+    """Relatives of attention without a softmax, by place: no part of the counts."""
     formulas: dict[str, list[str]] = field(default_factory=dict)
     """What was read, by place."""
     equal: bool | None = None
@@ -104,7 +107,8 @@ def _measure(row: Row, architecture: Architecture, *, verify: bool, inductor: bo
     try:
         model = build(architecture, row.implementation)
     except (ValueError, NotImplementedError) as error:
-        if row.implementation in str(error) or isinstance(error, NotImplementedError):
+        refused = (row.implementation, "does not support an attention implementation")
+        if any(x in str(error) for x in refused) or isinstance(error, NotImplementedError):
             row.status, row.why = "no such form", str(error)[:160]
             return
         raise
@@ -186,6 +190,9 @@ def _read(row: Row, report: Report, runs: Counter[int], calls: Counter[str]) -> 
     for line in report.sites:
         times = runs[line.graph]
         place = place_of(line.site.path)
+        if line.site.kind in WITHOUT_SOFTMAX:
+            row.relatives[place] = line.reason
+            continue
         found[place] += times
         if not_attention(row.name, place):
             continue
@@ -193,7 +200,7 @@ def _read(row: Row, report: Report, runs: Counter[int], calls: Counter[str]) -> 
         if line.decision != "rewritten":
             row.left[place] = line.reason
             row.named += times * bool(spec is None and left_alone(row.name, place))
-        if line.decision == "not attention" and not left_alone(row.name, place):
+        if not line.is_attention and not left_alone(row.name, place):
             row.unreviewed[place] = f"{line.site.kind}: {line.reason}"
             del row.left[place]
             continue

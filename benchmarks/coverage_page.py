@@ -103,7 +103,8 @@ def summary(rows: Sequence[Row]) -> str:
 def page(result: dict[str, Any]) -> str:
     """The page, in Markdown."""
     rows = result["rows"]
-    parts = [_head(result), _inductor(rows), _troubles(rows), _left(rows), _others(rows)]
+    parts = [_head(result), _inductor(rows), _troubles(rows), _left(rows), _relatives(rows)]
+    parts.append(_others(rows))
     return "\n\n".join(p for p in (*parts, _table(rows), _formulas(rows)) if p) + "\n"
 
 
@@ -181,6 +182,21 @@ def _left(rows: Sequence[Row]) -> str:
         "## Attention that is found and left alone\n\nThe reasons are reviewed by hand "
         f"(`benchmarks/coverage_reviewed.py`, {len(LEFT_ALONE)} entries).\n\n"
         "| reason | models |\n| --- | --- |\n" + "\n".join(lines)
+    )
+
+
+def _relatives(rows: Sequence[Row]) -> str:
+    models: dict[str, set[str]] = defaultdict(set)
+    for row in _measured(rows):
+        for reason in row.get("relatives", {}).values():
+            models[reason].add(row["name"])
+    if not models:
+        return ""
+    lines = [f"| {_cell(r, 300)} | {len(n)} | {_names(n)} |" for r, n in sorted(models.items())]
+    return (
+        "## Relatives of attention without a softmax\n\n"
+        "They are named in the report, left alone, and no part of the counts above.\n\n"
+        "| what it is | architectures | |\n| --- | --- | --- |\n" + "\n".join(lines)
     )
 
 

@@ -27,9 +27,10 @@ from rewriter.indices import Bounds
 from rewriter.lift import lift
 from rewriter.passbase import Request, apply
 from rewriter.reading import value_of
-from rewriter.report import Report, SiteReport
+from rewriter.relatives import relatives
+from rewriter.report import Decision, Report, SiteReport
 from rewriter.sample import Skip
-from rewriter.sites import Site
+from rewriter.sites import RELATIVES, Site
 from rewriter.spec import SoftmaxSpec, Spec
 from rewriter.taps import input_of, residual_of
 from rewriter.verdicts import verdict
@@ -163,12 +164,22 @@ def split_request(
 
 
 def lifted_sites(captured: Captured) -> list[Lifted]:
-    """Every softmax of a graph, lifted and checked; equal sites are checked once."""
+    """Every softmax of a graph, lifted and checked; equal sites are checked once. Then what is
+    related to attention and has none."""
     verdicts: dict[tuple[Any, ...], tuple[str, str]] = {}
     result = []
     for found in find(captured.graph):
         result.append(_guarded(partial(_lifted, found, captured, verdicts), found))
-    return result
+    return [*result, *_relatives(captured)]
+
+
+def _relatives(captured: Captured) -> list[Lifted]:
+    try:
+        return [lift(found, captured) for found in relatives(captured.graph, captured)]
+    except Exception as error:  # what is only named must not stop what is rewritten
+        why = f"{type(error).__name__}: {error}"
+        captured.notes.append(f"relatives of attention could not be looked for: {why}")
+        return []
 
 
 def _lifted(
@@ -231,8 +242,7 @@ def _decide(
 ) -> tuple[SiteReport, Work | None]:
     site, spec = lifted.site, lifted.site.spec
     if spec is None:
-        decision = "kept" if site.kind == "attention" else "not attention"
-        return SiteReport(site, 0, None, cast(Any, decision), reason=site.reason), None
+        return SiteReport(site, 0, None, _without_spec(site), reason=site.reason), None
     if site.reason:
         return SiteReport(site, 0, spec, "kept", "original", site.reason), None
     if state.only is not None and site.name not in state.only:
@@ -273,6 +283,12 @@ def _decide(
     work = Work(lifted, after, start, exact)
     site = replace(site, notes=(*site.notes, *_empty_rows(spec, applied, requests)))
     return SiteReport(site, 0, after, "rewritten", name, reason, applied), work
+
+
+def _without_spec(site: Site) -> Decision:
+    if site.kind == "attention":
+        return "kept"
+    return "named" if site.kind in RELATIVES else "not attention"
 
 
 def _empty_rows(

@@ -23,7 +23,7 @@ from rewriter.contraction import contraction_of
 from rewriter.reading import op_name, shape_of, value_of
 from rewriter.sites import Kind
 
-__all__ = ["Found", "find", "softmaxes"]
+__all__ = ["PROJECTIONS", "SOFTMAX", "Found", "find", "softmaxes"]
 
 SOFTMAX = ("aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax")
 SDPA = "aten.scaled_dot_product_attention"
@@ -70,6 +70,8 @@ KEEPS_WEIGHTS = frozenset(
     ]
 )
 """Operations between the softmax and the values that a lifting may see through."""
+
+SAMPLERS = ("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
 
 HARMLESS = ("aten.sym_size", "aten._assert_tensor_metadata")
 """Readers of a weight tensor that do not read its elements."""
@@ -151,14 +153,17 @@ def _follow(anchor: fx.Node, flow: networkx.DiGraph) -> Found:
 
 def _without_values(anchor: fx.Node, escapes: list[fx.Node]) -> Found:
     readers = {op_name(e) for e in escapes}
+    if any(_is_sampled(other) for e in escapes for other in e.all_input_nodes):
+        reason = "deformable sampling: its weights multiply values at places that a query chooses"
+        return Found(anchor, "sampling", reason=reason)
     if {"aten.topk", "aten.sort"} & (readers | _makers(anchor)):
         return Found(
             anchor,
-            "gate",
-            reason="a gate: its weights choose among a few experts and multiply no values",
+            "router",
+            reason="a router: its weights choose among a few experts and multiply no values",
         )
     if "aten.multinomial" in readers or "aten.argmax" in readers:
-        return Found(anchor, "sampling", reason="sampling: its weights are drawn from")
+        return Found(anchor, "draw", reason="its weights are drawn from")
     product = _later_product(anchor, escapes)
     if product is not None:
         changed = _names([e for e in escapes if e.op != "output"])
@@ -178,6 +183,20 @@ def _without_values(anchor: fx.Node, escapes: list[fx.Node]) -> Found:
         "unknown",
         reason=f"its weights go to {_names(escapes)} and to no product with values",
     )
+
+
+def _is_sampled(node: fx.Node) -> bool:
+    """The node is put together from values that were sampled off the grid of a tensor."""
+    seen, open_nodes = {node}, [node]
+    while open_nodes:
+        node = open_nodes.pop()
+        if op_name(node) in SAMPLERS:
+            return True
+        if op_name(node) in (*KEEPS_WEIGHTS, "aten.stack", "aten.cat"):
+            new = [x for x in node.all_input_nodes if x not in seen]
+            seen.update(new)
+            open_nodes.extend(new)
+    return False
 
 
 def _later_product(anchor: fx.Node, escapes: list[fx.Node]) -> fx.Node | None:

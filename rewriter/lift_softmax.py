@@ -46,8 +46,8 @@ __all__ = ["lift_softmax"]
 
 def lift_softmax(found: Found, facts: GraphFacts, site: Site, opaque: bool) -> Lifted:
     if not leads_to_product(cast(fx.Node, found.anchor.args[0])):
-        reason = "a gate or a feature map: its scores are not products of queries and keys"
-        return Lifted(replace(site, kind="gate", reason=reason), found)
+        reason = "pooling or a feature map: its scores are not products of queries and keys"
+        return Lifted(replace(site, kind="pooling", reason=reason), found)
     values = cast(Contraction, contraction_of(cast(fx.Node, found.product)))
     weights_first = _leads_to(values.a, found.anchor)
     if weights_first == _leads_to(values.b, found.anchor):

@@ -429,7 +429,7 @@ def _check_layers(requests: Sequence[Request], model: nn.Module) -> None:
 
 def _unmatched(state: State, model: nn.Module) -> SelectorError | None:
     """What is wrong if a selector matches no site."""
-    sites = [s.site for s in state.sites if s.decision != "not attention"]
+    sites = [s.site for s in state.sites if s.is_attention]
     asked = [r for r in state.requests if r.selector.text]
     if not state.graphs or not asked:
         return None
@@ -439,7 +439,7 @@ def _unmatched(state: State, model: nn.Module) -> SelectorError | None:
 
 def _idle(state: State) -> list[str]:
     """One sentence for each pass that changes the function and was declined by every site."""
-    sites = [s for s in state.sites if s.decision != "not attention"]
+    sites = [s for s in state.sites if s.is_attention]
     changing = [r.text for r in state.requests if r.action.contract != "exact"]
     applied = {text for s in sites for text in s.passes}
     messages = []

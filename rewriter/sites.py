@@ -7,15 +7,47 @@ from typing import Any, Literal
 
 from rewriter.spec import SoftmaxSpec
 
-__all__ = ["Kind", "Site"]
+__all__ = ["RELATIVES", "Kind", "Site"]
 
-Kind = Literal["attention", "channel", "gate", "pointer", "sampling", "unknown"]
-"""What a softmax is for. Only `attention` is ever rewritten."""
+Kind = Literal[
+    "attention",
+    # relatives of attention
+    "channel",
+    "sampling",
+    "product",
+    "linear",
+    "recurrence",
+    "gate",
+    # softmaxes that are for something else
+    "pooling",
+    "router",
+    "pointer",
+    "draw",
+    "unknown",
+]
+"""What a place computes. Only `attention` is ever rewritten.
+
+channel: attention among channels, not tokens. sampling: the weights of values sampled at places
+that a query chooses. product: queries, keys and values under no softmax. linear: the same, keys and
+values first. recurrence: a state-space layer or a linear recurrence. gate: squeeze-and-excite and
+its kin. pooling: learned scores of tokens, without queries and keys. router: a choice of experts.
+pointer: a distribution that is returned. draw: one that is drawn from.
+"""
+
+RELATIVES: tuple[Kind, ...] = (
+    "channel",
+    "sampling",
+    "product",
+    "linear",
+    "recurrence",
+    "gate",
+)
+"""Kinds that are named in a report, and left alone."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a graph computes a softmax, and what was understood of it."""
+    """One place where a graph computes attention or a relative of it, and what was understood."""
 
     path: str
     """The module that computes it, `"model.layers.3.self_attn"`; `""` if the graph does not say."""

@@ -50,12 +50,12 @@ KINDS: dict[str, tuple[Callable[[Function, Tensor], Tensor], list[str]]] = {
         lambda m, x: (x @ x.mT).softmax(-1) @ m.b(x) + (m.a(x) @ x.mT).softmax(-1) @ m.c(x),
         ["attention", "attention"],
     ),
-    "router": (lambda m, x: m.a(x).softmax(-1).topk(2, -1).values, ["gate"]),
-    "router_that_chooses_first": (lambda m, x: m.a(x).topk(2, -1).values.softmax(-1), ["gate"]),
-    "router_that_sorts": (lambda m, x: m.a(x).softmax(-1).sort(-1).values, ["gate"]),
+    "router": (lambda m, x: m.a(x).softmax(-1).topk(2, -1).values, ["router"]),
+    "router_that_chooses_first": (lambda m, x: m.a(x).topk(2, -1).values.softmax(-1), ["router"]),
+    "router_that_sorts": (lambda m, x: m.a(x).softmax(-1).sort(-1).values, ["router"]),
     "pointer": (lambda m, x: (m.a(x) @ m.b(x).mT).softmax(-1), ["pointer"]),
     "classifier": (lambda m, x: m.a(x).softmax(-1), ["pointer"]),
-    "sampling": (lambda m, x: m.a(x).softmax(-1).argmax(-1), ["sampling"]),
+    "draw": (lambda m, x: m.a(x).softmax(-1).argmax(-1), ["draw"]),
     "selection_of_branches": (
         lambda m, x: (m.a(x).softmax(-1)[..., None] * torch.stack([m.b(x)] * 8, -2)).sum(-2),
         ["unknown"],
@@ -75,11 +75,11 @@ def test_a_softmax_is_said_to_be_what_it_is(name: str) -> None:
     assert [f.kind for f in find(captured(function).graph)] == kinds
 
 
-def test_a_gate_before_a_product_is_told_apart_by_lifting() -> None:
+def test_pooling_by_learned_scores_is_told_apart_by_lifting() -> None:
     graph = captured(lambda m, x: m.a(x).softmax(-1) @ torch.stack([m.b(x)] * 8, 1)[:, :, 0])
     (found,) = find(graph.graph)
     site = lift(found, graph).site
-    assert site.kind == "gate"
+    assert site.kind == "pooling"
     assert site.spec is None
 
 

@@ -56,6 +56,7 @@ DRAWING = {
     "lift_sdpa": "finish",
     "lift_softmax": "finish scores",
     "lift": "lift_sdpa lift_softmax",
+    "relatives": "frame",
     "recompute": "",
     "transforms": "recompute",
     "retrace": "transforms",
@@ -78,7 +79,7 @@ DRAWING = {
     # the front
     "cost": "linear sites",
     "report": "cost evaluate",
-    "decide": "capture check lift op passbase report taps verdicts",
+    "decide": "capture check lift op passbase relatives report taps verdicts",
     "assemble": "decide insert",
     "watch": "assemble",
     "optimize": "isolation registry watch",

@@ -476,7 +476,7 @@ def test_attention_between_channels_of_a_fixed_length_is_not_rewritten() -> None
         return (weights @ v).permute(0, 3, 1, 2).reshape(2, 7, 8)
 
     (site,) = _report(Attention(forward).double(), tokens()).sites
-    assert (site.site.kind, site.decision) == ("channel", "not attention")
+    assert (site.site.kind, site.decision) == ("channel", "named")
 
 
 # --- random masks ---------------------------------------------------------------------------------

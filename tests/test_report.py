@@ -478,10 +478,10 @@ def test_the_page_draws_what_a_site_was_beside_what_it_is(tmp_path: Path) -> Non
 def test_sites_without_a_formula_are_shown_with_their_reason(tmp_path: Path) -> None:
     plain: dict[str, Any] = {"spec": None, "after": None}
     kept = line(0, decision="kept", reason="its weights are returned", **plain)
-    gate = line(1, kind="gate", decision="not attention", reason="chooses experts", **plain)
+    gate = line(1, kind="router", decision="not attention", reason="chooses experts", **plain)
     shown = page(report_of(kept, gate), tmp_path)
     assert shown.grids == []
-    for text in ("not understood", "its weights are returned", "(gate)", "chooses experts"):
+    for text in ("not understood", "its weights are returned", "(router)", "chooses experts"):
         assert text in shown.text
 
 
@@ -493,7 +493,7 @@ def test_an_opaque_site_is_hatched(tmp_path: Path) -> None:
 
 
 def test_an_empty_report_says_so(tmp_path: Path) -> None:
-    assert "No softmax was found" in page(Report(), tmp_path).text
+    assert "No attention was found" in page(Report(), tmp_path).text
     assert str(Report()).startswith("0 attention sites in 0 graphs")
 
 
@@ -509,7 +509,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
             origins=((bad, bad),),
             what=spec(Ne(read(bad, b, k), 0)),
         ),
-        line(path=f"{bad}.gate", kind="gate", spec=None, after=None, decision="not attention"),
+        line(path=f"{bad}.gate", kind="router", spec=None, after=None, decision="not attention"),
         notes=(bad,),
     )
     shown = page(report, tmp_path)

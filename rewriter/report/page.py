@@ -24,7 +24,9 @@ _LETTERS = 600  # of a formula that is shown unfolded
 
 def page_of(report: Report) -> str:
     """The whole page as text."""
-    attention = [g for g in report.groups if g.first.decision != "not attention"]
+    attention = [g for g in report.groups if g.first.is_attention]
+    relatives = [g for g in report.groups if g.first.decision == "named"]
+    others = [g for g in report.groups if g.first.decision == "not attention"]
     parts = [
         "<!doctype html>",
         '<html lang="en"><meta charset="utf-8">',
@@ -35,7 +37,8 @@ def page_of(report: Report) -> str:
         *_notes(report.notes),
         *_totals(report),
         *_graphs(attention),
-        *_others([g for g in report.groups if g.first.decision == "not attention"]),
+        *_listed("Relatives of attention, left alone", relatives),
+        *_listed("Softmaxes that are no attention", others),
         "</html>",
     ]
     return "\n".join(parts) + "\n"
@@ -43,7 +46,7 @@ def page_of(report: Report) -> str:
 
 def _totals(report: Report) -> Iterator[str]:
     if not report.sites:
-        yield "<p>No softmax was found in the model, so there is nothing to show.</p>"
+        yield "<p>No attention was found in the model, so there is nothing to show.</p>"
         return
     found, rewritten = len(report.attention), len(report.rewritten)
     facts = [
@@ -55,7 +58,10 @@ def _totals(report: Report) -> Iterator[str]:
         ),
         ("opaque reads", f"{_counted(report.opaque, 'tensor')} of queries × keys kept alive"),
     ]
-    others = len(report.sites) - found
+    named = len(report.relatives)
+    if named:
+        facts.append(("relatives of attention", f"{named}, listed below"))
+    others = len(report.sites) - found - named
     if others:
         facts.append(("other softmaxes", f"{others}, listed below"))
     yield _facts((name, escape(text)) for name, text in facts)
@@ -199,10 +205,10 @@ def _scale(grid: Grid) -> str:
 # --- the rest -------------------------------------------------------------------------------------
 
 
-def _others(groups: list[SiteGroup]) -> Iterator[str]:
+def _listed(title: str, groups: list[SiteGroup]) -> Iterator[str]:
     if not groups:
         return
-    yield "<h2>Softmaxes that are no attention</h2>"
+    yield f"<h2>{title}</h2>"
     yield '<ul class="others">'
     for group in groups:
         count = f", {len(group.sites)} sites" if len(group.sites) > 1 else ""

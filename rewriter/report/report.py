@@ -1,4 +1,4 @@
-"""The report of a model: every softmax, what was done about it and why."""
+"""The report of a model: every softmax, every relative of attention, what was done and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rewriter.spec import Spec
 
 __all__ = ["Decision", "Report", "SiteReport"]
 
-Decision = Literal["rewritten", "kept", "not attention"]
+Decision = Literal["rewritten", "kept", "named", "not attention"]
+"""`named`: a relative of attention, such as linear attention, that is left alone."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class SiteReport:
     passes: tuple[str, ...] = ()
     """The requests that were applied."""
 
+    @property
+    def is_attention(self) -> bool:
+        return self.decision in ("rewritten", "kept")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -59,7 +64,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every softmax of a model's captured graphs."""
+    """Every softmax of a model's captured graphs, and every relative of attention."""
 
     sites: tuple[SiteReport, ...] = ()
     graphs: int = 0
@@ -74,7 +79,12 @@ class Report:
     @property
     def attention(self) -> tuple[SiteReport, ...]:
         """The sites that are attention."""
-        return tuple(s for s in self.sites if s.decision != "not attention")
+        return tuple(s for s in self.sites if s.is_attention)
+
+    @property
+    def relatives(self) -> tuple[SiteReport, ...]:
+        """Relatives of attention: linear attention, recurrences, gates, and so on."""
+        return tuple(s for s in self.sites if s.decision == "named")
 
     @property
     def rewritten(self) -> tuple[SiteReport, ...]:
@@ -91,6 +101,7 @@ class Report:
             "graphs": self.graphs,
             "attention": len(self.attention),
             "rewritten": len(self.rewritten),
+            "relatives": len(self.relatives),
             "opaque_reads": self.opaque,
             "softmaxes": self.softmaxes,
             "graph_breaks": self.breaks,
@@ -109,7 +120,8 @@ class Report:
         """What was found, in one line."""
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         found = f"{len(self.attention)} attention sites in {graphs}"
-        return f"{found}, {len(self.rewritten)} rewritten, {self.opaque} opaque reads"
+        texts = [found, f"{len(self.rewritten)} rewritten", f"{self.opaque} opaque reads"]
+        return ", ".join([*texts, f"{len(self.relatives)} relatives"] if self.relatives else texts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to `path`, whole or not at all: `.json`, or `.html`, one page with the

@@ -118,7 +118,7 @@ def _elements(rows: Sequence[VerifyRow]) -> Iterator[str]:
 def _formulas(sites: Sequence[SiteReport]) -> Iterator[str]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for line in sites:
-        if line.decision == "not attention":
+        if not line.is_attention:
             continue
         before, after = line.site.spec, line.after
         what = f"{line.decision} by {', '.join(line.passes)}" if line.passes else line.decision
