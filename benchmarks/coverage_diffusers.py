@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from coverage_inputs_diffusers import INPUTS
 from coverage_shrink import small
-from coverage_table_diffusers import ARGUMENTS, LEFT_OUT
+from coverage_table_diffusers import ARGUMENTS, FUSED_ONLY, LEFT_OUT
 from torch import Tensor, nn
 
 __all__ = ["LEFT_OUT", "build", "guesses", "names"]
@@ -114,6 +114,8 @@ def build(name: str, implementation: str) -> nn.Module:
             options[key] = type(parameter.default)(value) if kept else value
     model: nn.Module = kind(**{**options, **ARGUMENTS.get(name, {})})
     if implementation == "eager":
+        if name in FUSED_ONLY:
+            raise NotImplementedError(FUSED_ONLY[name])
         _eager(model)
     return model
 

@@ -116,10 +116,16 @@ def _measure(row: Row, architecture: Architecture, *, verify: bool, inductor: bo
     if row.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
         inputs = {n: _narrow(x) for n, x in inputs.items()}
+    try:
+        with torch.no_grad(), counted(model) as calls:
+            torch.manual_seed(0)
+            model(**copy.deepcopy(inputs))
+    except RuntimeError as error:
+        if row.dtype == "float32":
+            raise
+        row.status, row.why = "no such form", f"the model fails in {row.dtype}: {error}"[:160]
+        return
     row.status = "crash"
-    with torch.no_grad(), counted(model) as calls:
-        torch.manual_seed(0)
-        model(**copy.deepcopy(inputs))
     _others(row, calls)
     twin = copy.deepcopy(model)
     with _tallied() as (runs, seconds), torch.no_grad():

@@ -136,10 +136,17 @@ def _masked(config: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"hidden_states": states, "mask": mask(64, 16).bool()}
 
 
+def _chunks(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    samples = torch.tensor([64, 40]) * config.hop_length
+    features = torch.randn(BATCH, config.feature_size, 64, generator=generator)
+    return {"input_features": features, "chunk_sample_lengths": samples}
+
+
 INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "bark": _semantic,
     "dia": _codes(False),
     "dia_decoder": _codes(True),
+    "dots3_note_audio_encoder": _chunks,
     "moshi_depth": _deep,
     "musicgen": _music,
     "musicgen_melody": _music,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ARGUMENTS", "LEFT_OUT"]
+__all__ = ["ARGUMENTS", "FUSED_ONLY", "LEFT_OUT"]
 
 TEXT = 7
 
@@ -245,6 +245,11 @@ MiniMaxH3Transformer3DModel QwenImage21Transformer2DModel RFD4ProteinaTransforme
 SanaWMLTX2RefinerTransformer3DModel SanaWMTransformer3DModel WanAnimate2Transformer3DModel
 WanAnimateTransformer3DModel
 """
+FUSED_ONLY = {
+    "diffusers/DreamLiteTransformer2DModel": "its mask fits the fused operation alone",
+}
+"""Models whose attention has an eager form that the model itself cannot run."""
+
 LEFT_OUT: dict[str, str] = {
     f"diffusers/{name}": "its pipeline packs the inputs" for name in _PACKED.split()
 }
