@@ -25,11 +25,16 @@ def trouble_of(row: Row) -> str:
         return f"differs: {row['difference']}"
     if row["unreviewed"]:
         return f"not reviewed: {_pairs(row['unreviewed'])}"
-    unnamed = {p: r for p, r in row["left"].items() if not left_alone(row["name"], p)}
+    unnamed = {p: r for p, r in _unrewritten(row) if p not in row["formulas"]}
     if unnamed:
         return f"left alone: {_pairs(unnamed)}"
     kept = [f"{row[f'opaque_{n}']} {n}" for n in ("masks", "biases") if row[f"opaque_{n}"]]
     return f"opaque: {', '.join(kept)}" if kept else ""
+
+
+def _unrewritten(row: Row) -> list[tuple[str, str]]:
+    """Places that stay as they are, without those that have a reviewed reason."""
+    return [(p, r) for p, r in row["left"].items() if not left_alone(row["name"], p)]
 
 
 def _pairs(values: dict[str, Any]) -> str:
@@ -103,8 +108,8 @@ def summary(rows: Sequence[Row]) -> str:
 def page(result: dict[str, Any]) -> str:
     """The page, in Markdown."""
     rows = result["rows"]
-    parts = [_head(result), _inductor(rows), _troubles(rows), _left(rows), _relatives(rows)]
-    parts.append(_others(rows))
+    parts = [_head(result), _inductor(rows), _troubles(rows), _kept(rows), _left(rows)]
+    parts += [_relatives(rows), _others(rows)]
     return "\n\n".join(p for p in (*parts, _table(rows), _formulas(rows)) if p) + "\n"
 
 
@@ -151,18 +156,38 @@ def _inductor(rows: Sequence[Row]) -> str:
 
 
 def _troubles(rows: Sequence[Row]) -> str:
-    found = [(trouble_of(r), r) for r in rows]
-    found = [(t, r) for t, r in found if t]
+    found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        text = trouble_of(row)
+        if text:
+            found[text.partition(":")[0], row["name"], text].append(_form(row))
     if not found:
         return "## What fails\n\nNothing."
-    found.sort(key=lambda x: (x[0].partition(":")[0], x[1]["name"]))
-    lines = [f"| `{_form(r)}` | {_cell(t, 400)} |" for t, r in found]
-    return "## What fails\n\n| model | what |\n| --- | --- |\n" + "\n".join(lines)
+    lines = [
+        f"| {name} | {', '.join(forms)} | {_cell(text, 400)} |"
+        for (_, name, text), forms in sorted(found.items())
+    ]
+    return "## What fails\n\n| model | | what |\n| --- | --- | --- |\n" + "\n".join(lines)
 
 
 def _form(row: Row) -> str:
     short = {"float32": "", "bfloat16": " bf16"}[row["dtype"]]
-    return f"{row['name']} {row['implementation']}{short}"
+    return f"{row['implementation']}{short}"
+
+
+def _kept(rows: Sequence[Row]) -> str:
+    models: dict[str, set[str]] = defaultdict(set)
+    for row in _measured(rows):
+        for place, reason in _unrewritten(row):
+            if place in row["formulas"]:
+                models[reason].add(row["name"])
+    if not models:
+        return ""
+    lines = [f"| {_cell(r, 300)} | {_names(n)} |" for r, n in sorted(models.items())]
+    return (
+        "## Attention that is read, and not rewritten\n\n"
+        "| reason | models |\n| --- | --- |\n" + "\n".join(lines)
+    )
 
 
 def _cell(text: str, most: int) -> str:

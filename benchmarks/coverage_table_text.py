@@ -206,6 +206,7 @@ LEFT_OUT: dict[str, str] = {
     "blt_local_decoder": "a part of blt",
     "blt_local_encoder": "a part of blt",
     "encoder-decoder": "a composition of given models",
+    "esmfold2": "a sampler of structures; widths tied across eight configurations",
     "glmga": "no model class",
     "internlm3": "no model class",
     "iquestcoder": "no model class",

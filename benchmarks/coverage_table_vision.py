@@ -92,7 +92,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_vision": {"sam_config": {"downsample_channels": [32, 64]}},
     "deimv2": {"backbone_config": HGNET, **STAGES},
     "donut-swin": WINDOWS,
-    "efficientnet": {"hidden_dim": 2560},
+    "efficientloftr": {
+        "hidden_size": 64,
+        "out_features": [16, 16, 32, 64],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "num_attention_heads": 8,
+    },
+    "efficientnet": {"hidden_dim": 2560, "depth_coefficient": 0.5},
     "depth_pro": {"intermediate_hook_ids": [1, 0]},
     "lw_detr": {
         "backbone_config": {

@@ -21,6 +21,7 @@ import torch
 from coverage_shrink import options_of
 from coverage_table import INPUTS, LEFT_OUT, MODELS, OPTIONS, VARIANTS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["Architecture", "architectures", "build", "guesses", "inputs_of", "named"]
@@ -148,6 +149,8 @@ def _widen(model: nn.Module, seed: int) -> None:
         if isinstance(module, nn.Linear) and weight.numel():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1.5 * noise / math.sqrt(weight.shape[1]))
+        elif isinstance(module, _BatchNorm) and weight is not None:
+            weight.fill_(1.0)
         elif isinstance(module, _ConvNd) and "weight" in module._parameters:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(noise * math.sqrt(2 / weight[0].numel()))
