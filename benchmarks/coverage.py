@@ -3,7 +3,8 @@ transformers and diffusers, beside what torch's own pattern matcher fuses.
 
     python benchmarks/coverage.py                        all; writes docs/coverage.md and .json
     python benchmarks/coverage.py bert gemma2 --print    single architectures, to look at
-    python benchmarks/coverage.py --again                those that stand in the JSON with a problem
+    python benchmarks/coverage.py --again                those of the JSON with a problem, and those
+                                                         that were not built
 
 Each architecture is measured in a process of its own, with a time limit: a crash of one stops
 nothing.
@@ -55,7 +56,8 @@ def main() -> int:
 
     file = Path(options.json)
     rows = json.loads(file.read_text())["rows"] if options.again and file.exists() else []
-    jobs = _jobs(options, {_key(r) for r in rows if trouble_of(r)} if options.again else None)
+    wrong = {_key(r) for r in rows if trouble_of(r) or r["status"] == "not built"}
+    jobs = _jobs(options, wrong if options.again else None)
     done = {_key(r): r for r in rows}
     started = time.perf_counter()
 

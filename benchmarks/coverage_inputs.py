@@ -144,9 +144,10 @@ def _towers(takes: Mapping[str, Any], config: Any, generator: torch.Generator) -
     if image and (name or hws):
         key = name or hws
         value = grid if name else grid[:, 1:]
+        sizes = {"merge_sizes": torch.full((BATCH,), merge)} if "merge_sizes" in takes else {}
         for frames in dict.fromkeys((_field(vision, "temporal_patch_size", default=1), 1, 2)):
             flat = torch.randn(total, channels * frames * patch**2, generator=generator)
-            yield {image: flat, key: value}
+            yield {image: flat, key: value, **sizes}
             yield {image: flat.view(total, channels * frames, patch, patch), key: value}
             yield {image: flat[None], key: value}
             if frames == 1:

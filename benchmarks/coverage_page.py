@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coverage_reviewed import LEFT_ALONE, NEVER_READ, NOT_ATTENTION, left_alone
+from coverage_zoo import architectures
 
 __all__ = ["page", "summary", "targets", "trouble_of"]
 
@@ -15,7 +16,7 @@ Row = dict[str, Any]
 
 def trouble_of(row: Row) -> str:
     """What is wrong with a row, in a few words; empty if nothing is."""
-    if row["status"] == "no such form":
+    if row["status"] in ("no such form", "not built"):
         return ""
     if row["status"] != "measured":
         return f"{row['status']}: {row['why']}"
@@ -110,7 +111,9 @@ def page(result: dict[str, Any]) -> str:
     rows = result["rows"]
     parts = [_head(result), _inductor(rows), _troubles(rows), _kept(rows), _left(rows)]
     parts += [_relatives(rows), _others(rows)]
-    return "\n\n".join(p for p in (*parts, _table(rows), _formulas(rows)) if p) + "\n"
+    return (
+        "\n\n".join(p for p in (*parts, _table(rows), _formulas(rows), _unbuilt(rows)) if p) + "\n"
+    )
 
 
 def _head(result: dict[str, Any]) -> str:
@@ -299,4 +302,16 @@ def _formulas(rows: Sequence[Row]) -> str:
     return (
         f"## What is read\n\n{len(ordered)} formulas, the commonest first, without the scale.\n\n"
         "| formula | models | |\n| --- | --- | --- |\n" + "\n".join(lines)
+    )
+
+
+def _unbuilt(rows: Sequence[Row]) -> str:
+    """Architectures that were not measured, and why."""
+    built = {r["name"] for r in rows if r["status"] == "measured"}
+    reasons = {r["name"]: r["why"] for r in rows if r["name"] not in built}
+    reasons |= {a.name: a.left_out for a in architectures() if a.left_out and a.name not in built}
+    lines = [f"| {name} | {_cell(why, 120)} |" for name, why in sorted(reasons.items())]
+    return (
+        f"## Not measured\n\n{len(lines)} names that the libraries register and this measurement "
+        "cannot build, or has no inputs for.\n\n| name | why |\n| --- | --- |\n" + "\n".join(lines)
     )

@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "text_config": {"num_attention_heads": 2},
         "speech_config": {"num_attention_heads": 2},
     },
+    "muse_spark_audio": {"num_hidden_layers": 4},
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "fastspeech2_conformer_with_hifigan": {"model_config": {"vocab_size": 99, "num_mel_bins": 80}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
@@ -142,12 +143,17 @@ def _chunks(config: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"input_features": features, "chunk_sample_lengths": samples}
 
 
+def _waves(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {"input_values": torch.randn(BATCH, 3840, generator=generator)}
+
+
 INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "bark": _semantic,
     "dia": _codes(False),
     "dia_decoder": _codes(True),
     "dots3_note_audio_encoder": _chunks,
     "moshi_depth": _deep,
+    "muse_spark_audio": _waves,
     "musicgen": _music,
     "musicgen_melody": _music,
     "phi4_multimodal_audio": _masked,

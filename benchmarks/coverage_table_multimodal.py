@@ -48,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 96},
     "llama4": {"vision_config": SHUFFLED},
     "llama4_vision_model": SHUFFLED,
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},

@@ -63,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "longt5": NEAR,
     "nystromformer": {"num_landmarks": 5, "segment_means_seq_len": 20},
     "mistral_large4_text": {"num_hidden_layers": 2},
+    "mistral_large4": {"text_config": {"num_hidden_layers": 2}},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mlp"],
         "mamba_num_heads": 8,

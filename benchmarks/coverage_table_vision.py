@@ -89,6 +89,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
     "cvt": {"depth": [1, 2, 3]},
     "d_fine": {"backbone_config": HGNET, **STAGES},
+    "unlimited_ocr_vision": {"sam_config": {"downsample_channels": [32, 64]}},
     "deepseek_ocr2_vision": {"sam_config": {"downsample_channels": [32, 64]}},
     "deimv2": {"backbone_config": HGNET, **STAGES},
     "donut-swin": WINDOWS,
