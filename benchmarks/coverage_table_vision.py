@@ -196,9 +196,18 @@ def _read(config: Any, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+def _patches(config: Any, generator: torch.Generator) -> dict[str, Any]:
+    side = config.image_size // config.patch_size
+    seen = torch.ones(BATCH, side, side, dtype=torch.bool)
+    seen[1, -1], seen[1, :, -1] = False, False  # all True, the model is causal unless compiled
+    pixels = torch.randn(BATCH, 3, config.image_size, config.image_size, generator=generator)
+    return {"pixel_values": pixels, "patch_attention_mask": seen}
+
+
 INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "oneformer": _tasked,
     "perceiver": _perceived,
+    "phi4_multimodal_vision": _patches,
     "pix2struct": _read,
     "pix2struct_vision_model": _flattened,
     "seggpt": _prompted,
