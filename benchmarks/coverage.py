@@ -3,6 +3,7 @@ transformers and diffusers, beside what torch's own pattern matcher fuses.
 
     python benchmarks/coverage.py                        all; writes docs/coverage.md and .json
     python benchmarks/coverage.py bert gemma2 --print    single architectures, to look at
+    python benchmarks/coverage.py bert gemma2            the same, into the JSON and the page
     python benchmarks/coverage.py --again                those of the JSON with a problem, and those
                                                          that were not built
 
@@ -13,6 +14,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,16 +57,18 @@ def main() -> int:
     from coverage_page import page, summary, trouble_of
 
     file = Path(options.json)
-    rows = json.loads(file.read_text())["rows"] if options.again and file.exists() else []
+    more = (options.again or options.names) and not options.print and file.exists()
+    rows = json.loads(file.read_text())["rows"] if more else []
     wrong = {_key(r) for r in rows if trouble_of(r) or r["status"] == "not built"}
     jobs = _jobs(options, wrong if options.again else None)
     done = {_key(r): r for r in rows}
+    numbers = itertools.count(1)
     started = time.perf_counter()
 
     def keep(row: dict[str, Any]) -> None:
         done[_key(row)] = row
         problem = trouble_of(row)
-        count = f"{len(done)}/{len(jobs) if not options.again else len(rows)}"
+        count = f"{next(numbers)}/{len(jobs)}"
         print(f"{count:>10}  {' '.join(_key(row)):60} {problem or 'fine'}", flush=True)
         if options.print:
             print(json.dumps(row, indent=1, ensure_ascii=False), flush=True)
