@@ -9,7 +9,6 @@ Pre-dispatch ATen is still differentiable and dynamic in shape, and composite op
 from __future__ import annotations
 
 import logging
-import operator
 import re
 import threading
 import warnings
@@ -29,6 +28,7 @@ from rewriter.errors import CaptureError
 from rewriter.find import clean_path, module_path
 from rewriter.handed import Handed, Made
 from rewriter.indices import as_size
+from rewriter.inplace import is_view, normalize, same_memory, writes_of, written_nodes
 from rewriter.logs import logging_at
 from rewriter.reading import op_name, value_of
 from rewriter.recompute import keep_random_state
@@ -39,40 +39,7 @@ __all__ = ["Captured", "capturing", "export", "first_line", "from_dynamo", "from
 
 log = logging.getLogger(__name__)
 
-VIEWS = frozenset(
-    f"aten.{x}"
-    for x in [
-        "view",
-        "reshape",
-        "transpose",
-        "permute",
-        "t",
-        "expand",
-        "squeeze",
-        "unsqueeze",
-        "slice",
-        "select",
-        "unbind",
-        "split",
-        "chunk",
-        "alias",
-        "detach",
-        "narrow",
-        "view_as",
-        "expand_as",
-        "flatten",
-        "unflatten",
-        "mT",
-        "as_strided",
-        "diagonal",
-    ]
-)
-
 SAME_VALUE = frozenset(f"aten.{x}" for x in ["lift_fresh_copy", "lift_fresh", "detach", "detach_"])
-MAYBE_VIEWS = frozenset(
-    f"aten.{x}"
-    for x in ["to", "contiguous", "reshape", "dropout", "type_as", "view_as", "reshape_as"]
-)
 
 
 @dataclass
@@ -176,15 +143,15 @@ class Captured:
         `end`."""
         if node not in self.written:
             return False
-        memory = _same_memory(node)
+        memory = same_memory(node)
         above, open_nodes = {end}, [end]
         while open_nodes:
             new = [x for x in open_nodes.pop().all_input_nodes if x not in above]
             above.update(new)
             open_nodes.extend(new)
         readers = {u for x in memory for u in x.users} & above
-        first = min((u for u in readers if not _is_view(u) and u >= node), default=end)
-        return any(first <= w < end and memory & set(_targets(w)) for w in self.graph.nodes)
+        first = min((u for u in readers if not is_view(u) and u >= node), default=end)
+        return any(first <= w < end and memory & set(writes_of(w)) for w in self.graph.nodes)
 
     def shape_sources(self) -> dict[Symbol, tuple[int, int | None]]:
         """For each shape symbol, the position of an input that gives it: an integer input, or a
@@ -534,45 +501,6 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-def first_line(error: BaseException) -> str:
-    """torch's reason without its advice and traces."""
-    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
-# --- one spelling for what is written in place ----------------------------------------------------
-
-
-def normalize(module: fx.GraphModule) -> None:
-    """Drops dead nodes and makes in-place arithmetic on fresh tensors out of place, so that a graph
-    reads as values."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if op_name(node) == "aten._assert_tensor_metadata":  # would keep what it looks at alive
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        plain = _out_of_place(node)
-        if plain is not None and _owns_its_memory(node):
-            target = cast(fx.Node, node.args[0])
-            later = [u for u in target.users if u is not node and _after(u, node)]
-            node.target = plain
-            for user in later:
-                user.replace_input_with(target, node)
-    graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
-
-
-def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Every node that shares memory with a tensor that some operation writes to."""
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        for target in _targets(node):
-            written |= _same_memory(target)
-    return frozenset(written)
-
-
 def regions(graph: fx.Graph) -> tuple[frozenset[fx.Node], dict[fx.Node, torch.dtype]]:
     """The nodes in regions without gradients, and those in regions with autocast."""
     without_grad: set[fx.Node] = set()
@@ -598,72 +526,7 @@ def regions(graph: fx.Graph) -> tuple[frozenset[fx.Node], dict[fx.Node, torch.dt
     return frozenset(without_grad), casts
 
 
-def _targets(node: fx.Node) -> list[fx.Node]:
-    """The tensors to whose memory the node writes."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    if op_name(node) == "aten.detach_":  # writes no element
-        return []
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    writes = [v for a, v in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [v for v in writes if isinstance(v, fx.Node)]
-
-
-def _is_view(node: fx.Node) -> bool:
-    """The node is its first argument under another name, or may be."""
-    looks = op_name(node) in VIEWS | MAYBE_VIEWS or node.target is operator.getitem
-    return looks or node.args[:1] == tuple(_targets(node)[:1]) != ()
-
-
-def _same_memory(node: fx.Node) -> set[fx.Node]:
-    """The tensor that a view looks at, and every view of it."""
-    while _is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    found, open_nodes = {node}, [node]
-    while open_nodes:
-        name = open_nodes.pop()
-        for user in name.users:
-            if user not in found and _is_view(user) and user.args[0] is name:
-                found.add(user)
-                open_nodes.append(user)
-    return found
-
-
-def _out_of_place(node: fx.Node) -> Any:
-    """The plain overload of an in-place operation."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    namespace, _, name = node.target._schema.name.partition("::")
-    if namespace != "aten" or not name.endswith("_") or name.endswith("__"):
-        return None
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    if packet is None or not node.target._schema.is_mutable:
-        return None
-    return getattr(packet, node.target._overloadname, None)
-
-
-def _owns_its_memory(node: fx.Node) -> bool:
-    """What is written is a fresh tensor, of the written shape and dtype, that nothing else looks at
-    under another name."""
-    target = node.args[0]
-    if not isinstance(target, fx.Node) or target.op != "call_function" or op_name(target) in VIEWS:
-        return False
-    if not isinstance(target.target, torch._ops.OpOverload) or target.target._schema.is_mutable:
-        return False
-    before, after = value_of(target), value_of(node)
-    if (
-        not isinstance(before, torch.Tensor)
-        or before.dtype != after.dtype
-        or before.shape != after.shape
-    ):
-        return False
-    if any(r.alias_info is not None for r in target.target._schema.returns):
-        return False
-    if op_name(target) in MAYBE_VIEWS:
-        return False
-    looked_at = [u for u in target.users if u is not node and not _after(u, node)]
-    return not any(_is_view(u) and u.args[0] is target for u in looked_at)
-
-
-def _after(a: fx.Node, b: fx.Node) -> bool:
-    return a > b
+def first_line(error: BaseException) -> str:
+    """torch's reason without its advice and traces."""
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -214,3 +214,16 @@ def choose(condition: Boolean, x: Formula, y: Formula) -> Formula:
         condition, other = (condition, y) if x == sympy.true else (sympy.Not(condition), x)
         return cast(Boolean, sympy.Or(condition, other))
     return cast(Boolean, sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y)))
+
+
+def either(node: fx.Node, condition: Boolean, x: Formula, y: Formula) -> Formula:
+    """`x if condition else y` as the dtype of the node has it: logic, or a number."""
+    if value_of(node).dtype == torch.bool:
+        x, y = as_truth(x), as_truth(y)
+        if condition == sympy.true or x == y:
+            return x
+        return choose(condition, x, y)
+    x, y = as_number(x), as_number(y)
+    if isinstance(condition, sympy.Not):
+        return where(cast(Boolean, condition.args[0]), y, x)
+    return where(condition, x, y)

@@ -20,6 +20,7 @@ from rewriter.reading import (
     Rule,
     argument,
     choose,
+    either,
     is_float,
     op_name,
     source_of,
@@ -268,13 +269,13 @@ def _select_where(r: Reader, node: fx.Node, index: Index) -> Formula | None:
         return None
     condition = r.truth(node.args[0], index, node)
     x, y = r.broadcast(node.args[1], index, node), r.broadcast(node.args[2], index, node)
-    return _either(node, condition, x, y)
+    return either(node, condition, x, y)
 
 
 def _masked_fill(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     condition = r.truth(node.args[1], index, node)
     x, y = r.broadcast(node.args[2], index, node), r.broadcast(node.args[0], index, node)
-    return _either(node, condition, x, y)
+    return either(node, condition, x, y)
 
 
 def _index_put(r: Reader, node: fx.Node, index: Index) -> Formula | None:
@@ -285,7 +286,7 @@ def _index_put(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     condition = value_of(chosen[0])
     if condition.dtype != torch.bool or condition.dim() != len(index):
         return None
-    return _either(
+    return either(
         node,
         r.truth(chosen[0], index),
         r.broadcast(value, index, node),
@@ -298,18 +299,6 @@ def _addcmul(r: Reader, node: fx.Node, index: Index) -> Formula | None:
         return None
     x, y, z = (r.number(a, index, node) for a in node.args[:3])
     return x + y * z * as_number(r.scalar(node.kwargs.get("value", 1)))
-
-
-def _either(node: fx.Node, condition: Boolean, x: Formula, y: Formula) -> Formula:
-    if value_of(node).dtype == torch.bool:
-        x, y = as_truth(x), as_truth(y)
-        if condition == sympy.true or x == y:
-            return x
-        return choose(condition, x, y)
-    x, y = as_number(x), as_number(y)
-    if isinstance(condition, sympy.Not):
-        return where(cast(Boolean, condition.args[0]), y, x)
-    return where(condition, x, y)
 
 
 ARITHMETIC: dict[str, Rule] = {

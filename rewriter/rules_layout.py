@@ -19,6 +19,7 @@ from rewriter.reading import (
     argument,
     choose,
     dim_of,
+    either,
     is_float,
     op_name,
     shape_of,
@@ -52,14 +53,16 @@ def _detached(r: Reader, node: fx.Node, index: Index) -> Formula | None:
 
 
 def has_float_input(node: fx.Node) -> bool:
-    """The node is computed from an input of the graph that may ask for a gradient."""
+    """The node is computed from an input of the graph that may ask for a gradient; its sizes carry
+    none."""
     seen, open_nodes = {node}, [node]
     while open_nodes:
         x = open_nodes.pop()
         if x.op == "placeholder" and is_float(x):
             return True
         for source in x.all_input_nodes:
-            if source not in seen:
+            is_size = isinstance(value_of(source), int | torch.SymInt)
+            if source not in seen and not is_size:
                 seen.add(source)
                 open_nodes.append(source)
     return False
@@ -138,14 +141,19 @@ def _slice(r: Reader, node: fx.Node, index: Index) -> Formula | None:
 def slice_index(r: Reader, node: fx.Node, index: Index) -> Index:
     """Indices into the input of a slice."""
     dim = dim_of(node, argument(node, 1, "dim", 0))
-    size = shape_of(source_of(node))[dim]
-    start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
+    first = _first(r, argument(node, 2, "start"), shape_of(source_of(node))[dim])
+    step = r.size(argument(node, 4, "step", 1))
+    return (*index[:dim], first + index[dim] * step, *index[dim + 1 :])
+
+
+def _first(r: Reader, start: Any, size: Expr) -> Expr:
+    """Where a slice of a dimension begins."""
     first = Integer(0) if start is None else r.size(start)
     if first.is_negative or (first.is_Integer and first < 0):
-        first = Maximum(size + first, 0) if (size + first).is_Integer else size + first
-    elif not first.is_Integer and size.is_Integer and not _at_most(first, size):
-        first = Minimum(first, size)
-    return (*index[:dim], first + index[dim] * r.size(step), *index[dim + 1 :])
+        return Maximum(size + first, 0) if (size + first).is_Integer else size + first
+    if not first.is_Integer and size.is_Integer and not _at_most(first, size):
+        return cast(Expr, Minimum(first, size))
+    return first
 
 
 def _at_most(start: Expr, size: Expr) -> bool:
@@ -328,6 +336,53 @@ def _pad(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     return cast(Expr, Where(sympy.And(*inside), as_number(value), fill))
 
 
+def _scatter(r: Reader, node: fx.Node, index: Index) -> Formula | None:
+    """A tensor of which a part is another: a part of a part is one condition on all its indices."""
+    inside: list[Boolean] = []
+    value, at = node, list(index)
+    while True:
+        step = _into_part(r, value, at)
+        if step is None:
+            return None
+        conditions, place = step
+        inside += conditions
+        before, value, at = value, source_of(value, 1), place
+        if not (_puts_back(value) and _is_part_of(source_of(value), before)):
+            break
+    element, other = r.part(value, at), r.at(source_of(node), index)
+    within = sympy.And(*inside)
+    if isinstance(other, Where) and other.args[1] == element and other.args[2].is_number:
+        within, other = sympy.Or(other.args[0], within), other.args[2]  # several parts, one number
+    return either(node, cast(Boolean, within), element, other)
+
+
+def _puts_back(node: fx.Node) -> bool:
+    return op_name(node) in ("aten.slice_scatter", "aten.select_scatter")
+
+
+def _is_part_of(part: fx.Node, scatter: fx.Node) -> bool:
+    """The part of a tensor that a scatter replaces."""
+    same = op_name(part) == op_name(scatter).removesuffix("_scatter")
+    return same and part.args == (scatter.args[0], *scatter.args[2:])
+
+
+def _into_part(
+    r: Reader, node: fx.Node, index: Sequence[Expr]
+) -> tuple[list[Boolean], list[Expr]] | None:
+    """When the element of a scatter is one of the part, and where it is there."""
+    dim, size = dim_of(node, argument(node, 2, "dim", 0)), shape_of(node)
+    if op_name(node) == "aten.select_scatter":
+        position = _wrapped(r.size(node.args[3]), size[dim])
+        return [compare("==", index[dim], position)], [*index[:dim], *index[dim + 1 :]]
+    if argument(node, 5, "step", 1) != 1:
+        return None
+    first = _first(r, argument(node, 3, "start"), size[dim])
+    end = sympy.expand(first + shape_of(source_of(node, 1))[dim])
+    inside = [] if first == 0 else [compare(">=", index[dim], first)]
+    inside += [] if end == size[dim] else [compare("<", index[dim], end)]
+    return inside, [*index[:dim], index[dim] - first, *index[dim + 1 :]]
+
+
 def _triangle(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     diagonal = r.size(argument(node, 1, "diagonal", 0))
     row, column = index[-2], index[-1]
@@ -372,6 +427,18 @@ def _full(position: int) -> Rule:
     return rule
 
 
+def _written(r: Reader, node: fx.Node, index: Index) -> Formula | None:
+    """What `fill` and `copy` give has the shape and dtype of their first argument."""
+    source = node.args[1]
+    value = r.broadcast(source, index, node)
+    if value_of(node).dtype == torch.bool:
+        return as_truth(value)
+    whole = not value_of(node).is_floating_point
+    if whole and isinstance(source, fx.Node) and is_float(source):
+        return None
+    return as_number(value)
+
+
 def _eye(r: Reader, node: fx.Node, index: Index) -> Formula | None:
     return as_number(compare("==", index[0], index[1]))
 
@@ -398,6 +465,7 @@ LAYOUT: dict[str, Rule] = {
     "roll": _roll,
     "flip": _flip,
     "constant_pad_nd pad": _pad,
+    "slice_scatter select_scatter": _scatter,
     "tril triu": _triangle,
     "arange": _arange,
     "zeros zeros_like new_zeros": _filled(0),
@@ -405,5 +473,6 @@ LAYOUT: dict[str, Rule] = {
     "full full_like": _full(1),
     "new_full": _full(2),
     "scalar_tensor": _full(0),
+    "fill copy": _written,
     "eye": _eye,
 }

@@ -236,6 +236,12 @@ class _FormulaPrinter(StrPrinter):  # type: ignore[misc]
     def _print_Float(self, expr: sympy.Float) -> str:
         return f"{float(expr):.6g}"
 
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
+        if expr.exp in (2, 3):
+            base = self._print(expr.base)
+            return (base if expr.base.is_Atom else f"({base})") + "²³"[int(expr.exp) - 2]
+        return str(super()._print_Pow(expr, rational))
+
     def _print_Mul(self, expr: sympy.Mul) -> str:
         c, rest = expr.as_coeff_Mul()
         if c == -1:

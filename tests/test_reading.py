@@ -137,6 +137,92 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
+PARTS: dict[str, tuple[Callable[[Tensor], None], str]] = {
+    "block": (lambda m: m[1:3, 2:4].fill_(1), "(1 if k < 4 ∧ q < 3 ∧ k ≥ 2 ∧ q ≥ 1 else 0)"),
+    "blocks": (
+        lambda m: (m[:3, :3].fill_(1), m[3:, 3:].fill_(1)),
+        "(1 if (k < 3 ∧ q < 3) ∨ (k ≥ 3 ∧ q ≥ 3) else 0)",
+    ),
+    "row": (lambda m: m[-1].fill_(2), "(2 if q = 5 else 0)"),
+    "row_of_a_part": (lambda m: m[2:][1].fill_(2), "(2 if q ≥ 2 ∧ q - 2 = 1 else 0)"),
+    "overwritten": (
+        lambda m: (m[:4].fill_(1), m[2:].fill_(3)),
+        "(3 if q ≥ 2 else (1 if q < 4 else 0))",
+    ),
+    "copied": (
+        lambda m: m[:, 1:].copy_(torch.arange(5)),
+        "(k - 1 if k ≥ 1 else 0)",
+    ),
+    "filled_where": (
+        lambda m: m[2:].masked_fill_(torch.arange(6) < 3, 1),
+        "((1 if k < 3 else 0) if q ≥ 2 else 0)",
+    ),
+    "whole": (lambda m: m[:].fill_(1), "1"),
+}
+"""What writes to a part of six by six zeros."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_is_written(name: str, dtype: torch.dtype) -> None:
+    write, expected = PARTS[name]
+
+    def written(x: Tensor) -> Tensor:
+        whole = torch.zeros(6, 6, dtype=dtype)
+        write(whole)
+        return whole
+
+    text = formula_text(read(written, numbers(6, 6)))
+    if dtype != torch.bool:
+        assert text == expected
+
+
+def test_parts_of_any_length_that_are_written() -> None:
+    def written(x: Tensor) -> Tensor:
+        whole = torch.zeros(x.shape[0], x.shape[0])
+        whole[2:, :3] = 1
+        return whole
+
+    text = formula_text(read(written, numbers(7, 4), dynamic=True))
+    assert text == "(1 if k < 3 ∧ q ≥ 2 else 0)"
+
+
+STALE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "another_name_is_used_later": lambda whole, x: _stale(whole, whole[1:], x),
+    "the_result_is_used": lambda whole, x: whole[1:].fill_(1)[:3] + whole[:3],
+    "the_part_is_used_later": lambda whole, x: _part_used(whole),
+    "numbers_of_the_model": lambda whole, x: _numbers_written(whole, x),
+}
+
+
+def _stale(whole: Tensor, name: Tensor, x: Tensor) -> Tensor:
+    whole[:, 2:] = 1
+    return name + whole[1:]
+
+
+def _part_used(whole: Tensor) -> Tensor:
+    part = whole[2:, 2:]
+    part.fill_(3)
+    return part + whole[:4, :4]
+
+
+def _numbers_written(whole: Tensor, x: Tensor) -> Tensor:
+    whole[1:, 1:] = x[1:, 1:]
+    return whole
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_a_write_that_other_names_show_stays_in_place(name: str) -> None:
+    function, x = Function(lambda x: STALE[name](torch.zeros(6, 6), x)), numbers(6, 6)
+    captured = from_exported(export(function, (x,)))
+    assert captured.written
+    one = [torch.tensor(n) for n in (1, 3)]
+    held = iter(one[1:] if name == "the_part_is_used_later" else one)
+    places = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    (result,) = captured.module(*(x if n.name.startswith("args") else next(held) for n in places))
+    torch.testing.assert_close(result, function(x))
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_an_operation_that_moves_elements_moves_indices(name: str) -> None:
     function, text = LAYOUTS[name]
