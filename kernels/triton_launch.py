@@ -1,6 +1,6 @@
 """Runs generated kernels: says what they can do, checks the tensors and starts the grid.
 
-Forward only: gradients are the business of the lowering that calls this.
+The forward; `triton_backward` has the gradients.
 """
 
 from __future__ import annotations

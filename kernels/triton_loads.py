@@ -8,29 +8,57 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from sympy import Expr
+from sympy import Expr, Symbol
 
 from rewriter import symbols as sym
 from rewriter.kernels.triton_code import Printer
 from rewriter.kernels.triton_ranges import BEHIND, FIRST
 from rewriter.symbols import Formula, Read
 
-__all__ = ["Loads", "Place", "identifiers"]
+__all__ = ["KEYS", "PRODUCT", "QUERIES", "Layout", "Loads", "Place", "identifiers"]
 
 Place = Literal["tile", "row"]
-"""Where a formula is evaluated: over a tile `[BQ, BK]`, or over the rows `[BQ]` of one."""
+"""Where a formula is evaluated: over a tile, or over the queries `[BQ]` of one."""
+
+PRODUCT = Symbol("q·k", real=True)
+"""A product of a query and a key before it is scaled, `b_x`."""
 
 _NAMES = {
     **{name: name for name in "BHLM"},
     **{str(m): f"b_{m}" for m in sym.masses},
     "b": "i_b",
     "h": "i_h",
-    "k": "o_k[None, :]",
     "s": "b_s",
-    str(FIRST): "i_q",
-    str(BEHIND): "(i_q + BQ)",
+    str(PRODUCT): "b_x",
 }
-_ROWS: dict[Place, str] = {"tile": "o_q[:, None]", "row": "o_q"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tile lies, and what a program goes through in its loop."""
+
+    queries: str
+    keys: str
+    shape: tuple[Symbol, Symbol]
+    """The index of each dimension of a tile."""
+    loop: Symbol
+    """The index that the inner loop goes through."""
+    head: bool = False
+    """An outer loop goes through heads."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the symbols of a tile are called."""
+        own = "k" if self.loop == sym.q else "q"
+        ends = {str(FIRST): f"i_{own}", str(BEHIND): f"(i_{own} + B{own.upper()})"}
+        return {"q": self.queries, "k": self.keys, **ends}
+
+
+QUERIES = Layout("o_q[:, None]", "o_k[None, :]", (sym.q, sym.k), loop=sym.k)
+"""A program has a tile of queries of one head, and goes through keys: tiles are `[BQ, BK]`."""
+KEYS = Layout("o_q[None, :]", "o_k[:, None]", (sym.k, sym.q), loop=sym.q, head=True)
+"""A program has a tile of keys, and goes through heads and their queries: tiles are `[BK, BQ]`."""
+
 _TAKEN = (
     "q",
     "k",
@@ -63,8 +91,11 @@ class Loads:
         dtypes: the dtype of each tensor, by name.
         sizes: what each size of the formulas is called in the kernel, by name.
         taken: names that the kernel uses itself, besides those that every kernel does.
-        once: lines that stand before the loop over keys.
-        each: lines that stand in it.
+        layout: of the tiles.
+        addressed: tensors whose offsets get a name, `o_` and that of the value.
+        once: lines that stand before the loops.
+        head: lines that stand in the loop over heads, if there is one.
+        each: lines that stand in the inner loop.
         extents: the tensors and dimensions whose extent the lines ask for.
         strides: the tensors and dimensions whose stride the lines ask for.
         helpers: the functions that the printed formulas call.
@@ -73,7 +104,10 @@ class Loads:
     dtypes: Mapping[str, str]
     sizes: Mapping[str, str]
     taken: Sequence[str] = ()
+    layout: Layout = QUERIES
+    addressed: frozenset[str] = frozenset()
     once: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
     each: list[str] = field(default_factory=list)
     extents: dict[tuple[str, int], None] = field(default_factory=dict)
     strides: set[tuple[str, int]] = field(default_factory=set)
@@ -85,7 +119,8 @@ class Loads:
 
     def text(self, formula: Formula, place: Place = "tile") -> str:
         """The formula as a Triton expression; the lines for its reads are added."""
-        names = {**_NAMES, "q": _ROWS[place], **self.sizes}
+        names = {**_NAMES, **self.layout.names, **self.sizes}
+        names |= {"q": "o_q"} if place == "row" else {}
         load = partial(self._value, place)
         return Printer(names, self.dtypes, load, self.helpers).text(formula)
 
@@ -94,9 +129,14 @@ class Loads:
         if (place, read) not in self._values:
             name = self._fresh(self.idents[read.tensor])
             lines = self._lines(read, name, place)
-            (self.each if read.has(sym.k) else self.once).extend(lines)
+            inner = self.head if self.layout.head and read.has(sym.h) else self.once
+            (self.each if read.has(self.layout.loop) else inner).extend(lines)
             self._values[place, read] = f"b_{name}"
         return self._values[place, read]
+
+    def offsets(self, read: Read) -> str:
+        """The name of the offsets of a read that has been printed, of an addressed tensor."""
+        return self._values["tile", read].replace("b_", "o_", 1)
 
     def _fresh(self, ident: str) -> str:
         """A name for the next value of a tensor, which may be read at several places."""
@@ -109,7 +149,8 @@ class Loads:
     def _lines(self, read: Read, name: str, place: Place) -> list[str]:
         """The lines that load one read."""
         ident, dtype = self.idents[read.tensor], self.dtypes[read.tensor]
-        terms, bounds, lines = [f"t_{ident}"], [], []
+        terms: list[str] = []
+        bounds, lines = [], []
         for dim, index in enumerate(read.index):
             if index == 0:
                 continue
@@ -125,12 +166,22 @@ class Loads:
         mask = f", mask={' & '.join(bounds)}, other=0" if bounds else ""
         cast = ".to(tl.float32)" if "float" in dtype else ".to(tl.int32)"
         cast = "" if dtype in ("int32", "int64") else cast
+        if read.tensor in self.addressed:
+            lines.append(f"o_{name} = {' + '.join(terms) or '0'}")
+            terms = [f"o_{name}"]
         return [
-            *_shape(read, place),
+            *self._shape(read, place),
             *lines,
-            f"p_{name} = {' + '.join(terms)}",
+            f"p_{name} = {' + '.join([f't_{ident}', *terms])}",
             f"b_{name} = tl.load(p_{name}{mask}){cast}",
         ]
+
+    def _shape(self, read: Read, place: Place) -> list[str]:
+        """The comment with the shape of the value."""
+        if place == "row":
+            return ["# [BQ]"] if read.has(sym.q) else []
+        sizes = [f"B{str(x).upper()}" if read.has(x) else "1" for x in self.layout.shape]
+        return [f"# [{', '.join(sizes)}]"] if read.has(*self.layout.shape) else []
 
     def _offset(self, index: Expr, name: str, size: str, place: Place) -> list[str]:
         """The lines that compute one index.
@@ -147,14 +198,6 @@ class Loads:
             f"{name} = tl.where({name} < 0, {name} + {size}, {name})",
             f"{name} = tl.minimum(tl.maximum({name}, 0), {size} - 1)",
         ]
-
-
-def _shape(read: Read, place: Place) -> list[str]:
-    """The comment with the shape of the value."""
-    rows, columns = read.has(sym.q), read.has(sym.k)
-    if place == "row":
-        return ["# [BQ]"] if rows else []
-    return [f"# [{'BQ' if rows else 1}, {'BK' if columns else 1}]"] if rows or columns else []
 
 
 def identifiers(names: Iterable[str], taken: Sequence[str] = ()) -> dict[str, str]:

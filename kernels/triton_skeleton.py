@@ -15,20 +15,27 @@ from sympy import Expr
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
 from rewriter.kernels.triton_code import is_number
-from rewriter.kernels.triton_lines import indented, load, padded, pointer
+from rewriter.kernels.triton_lines import (
+    LOG2E,
+    constant_lines,
+    indented,
+    load,
+    loop_head,
+    loop_step,
+    padded,
+    pointer,
+)
 from rewriter.kernels.triton_loads import Loads, identifiers
-from rewriter.kernels.triton_ranges import KeyRange, key_ranges
+from rewriter.kernels.triton_ranges import key_ranges
 from rewriter.kernels.triton_source import Argument, arguments_of
-from rewriter.kernels.triton_sums import RAISE, EditedSums, Sums
+from rewriter.kernels.triton_sums import EditedSums, Sums
 from rewriter.symbols import formula_text
 
 if TYPE_CHECKING:
     from rewriter.kernels.triton_codegen import KernelSpec
 
-__all__ = ["Skeleton"]
+__all__ = ["Skeleton", "is_small"]
 
-_LOG2E = 1.4426950408889634
-_FLOAT_MIN = -3.4028234663852886e38
 _HUGE = 1e30
 
 
@@ -62,7 +69,7 @@ class Skeleton:
         floats = any("float" in dtypes[r.tensor] for r in sym.reads(self.spec.score))
         self.counts_seen = floats and self.masked == "zero"
         self.pivots = floats or self.masked in ("zero", "nan") or self.spec.sink is not None
-        self.base2 = not floats and _is_small(self.spec.score)
+        self.base2 = not floats and is_small(self.spec.score)
         self.ieee = ', input_precision="ieee"' if kernel.dtype == "float32" else ""
         self.block_d, self.block_e = padded(kernel.head_dim), padded(kernel.value_dim)
         edit = self.spec.edit
@@ -76,9 +83,7 @@ class Skeleton:
 
     def constants(self, body: list[str]) -> list[str]:
         """Module constants that the lines of the body use."""
-        known = {"LOG2E": _LOG2E, "MIN": _FLOAT_MIN, "RAISE": RAISE}
-        used = [name for name in known if any(name in line for line in body)]
-        return [f"{name} = tl.constexpr({known[name]})" for name in used]
+        return constant_lines(body)
 
     def blocks(self) -> list[tuple[str, int]]:
         """Compile-time parameters and their values."""
@@ -149,30 +154,11 @@ class Skeleton:
 
     def _loop(self) -> list[str]:
         """The head of the loop over keys."""
-        if len(self.ranges) == 1:
-            low, high = self._bounds(self.ranges[0])
-            lines = [f"k_low = {_nested('maximum', ['0', *low])} // BK * BK"] if low else []
-            lines += [f"k_high = {_nested('minimum', ['M', *high])}"] if high else []
-            start, stop = "k_low" if low else "0", "k_high" if high else "M"
-            return [*lines, f"for i_k in range({start}, {stop}, BK):"]
-        (_, first), (low, high) = (self._bounds(r) for r in self.ranges)
-        return [
-            "# two runs of key tiles: from the first key, and near the queries",
-            f"n_first = tl.cdiv(tl.maximum({_nested('minimum', ['M', *first])}, 0), BK)",
-            f"n_low = tl.maximum({_nested('maximum', ['0', *low])} // BK, n_first)",
-            f"n_high = tl.maximum(tl.cdiv({_nested('minimum', ['M', *high])}, BK), n_low)",
-            "for i_j in range(0, n_first + n_high - n_low):",
-        ]
-
-    def _bounds(self, keys: KeyRange) -> tuple[list[str], list[str]]:
-        low, high = ([self.loads.text(x) for x in bounds] for bounds in (keys.low, keys.high))
-        return low, high
+        return loop_head(self.ranges, self.loads.text, "k")
 
     def _keys(self) -> list[str]:
         """The keys of one step; `i_k` is the first."""
-        jump = "i_k = (i_j + tl.where(i_j < n_first, 0, n_low - n_first)) * BK"
-        lines = [jump] if len(self.ranges) == 2 else []
-        return [*lines, "o_k = i_k + tl.arange(0, BK)", "m_k = o_k < M"]
+        return loop_step(self.ranges, "k")
 
     def _score(self) -> list[str]:
         """The tile of scores, masked; in units of log 2 if `base2`."""
@@ -180,7 +166,7 @@ class Skeleton:
         times = " * LOG2E" if self.base2 else ""
         if is_number(spec.scale):
             folded = self.base2 and spec.is_plain_score
-            factor = float(spec.scale) * (_LOG2E if folded else 1.0)
+            factor = float(spec.scale) * (LOG2E if folded else 1.0)
             lines = [f"b_s = {product} * {factor!r}" if factor != 1.0 else f"b_s = {product}"]
             times = "" if folded else times
         else:
@@ -283,14 +269,6 @@ class Skeleton:
         ]
 
 
-def _is_small(score: Expr) -> bool:
+def is_small(score: Expr) -> bool:
     """Scores of this form stay finite when they are multiplied by log2(e)."""
     return all(abs(float(x)) < _HUGE for x in score.atoms(sympy.Number))
-
-
-def _nested(function: str, parts: list[str]) -> str:
-    """`tl.maximum` or `tl.minimum` of all parts."""
-    result = parts[0]
-    for part in parts[1:]:
-        result = f"tl.{function}({result}, {part})"
-    return result

@@ -26,12 +26,7 @@ from rewriter.symbols import formula_text
 if TYPE_CHECKING:
     from rewriter.kernels.triton_codegen import Dtype
 
-__all__ = ["RAISE", "EditedSums", "Sum", "Sums", "sums_of_edit"]
-
-RAISE = 32768.0
-"""In float16 a weight of 1e-7 would be 0, and a factor may make it count: weights that are edited
-are multiplied by this before they are rounded. The largest weight is 1, so that none overflows."""
-
+__all__ = ["EditedSums", "Sum", "Sums", "sums_of_edit"]
 
 # --- which sums -----------------------------------------------------------------------------------
 

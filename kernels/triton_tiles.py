@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Literal
 
 from rewriter import symbols as sym
+from rewriter.kernels.triton_backward_code import BackwardTiles
 from rewriter.kernels.triton_codegen import Dtype, Tile
 from rewriter.kernels.triton_sums import sums_of_edit
 from rewriter.spec import SoftmaxSpec
 
-__all__ = ["tile_for"]
+__all__ = ["backward_tiles_for", "tile_for"]
 
 _Weight = Literal["light", "medium", "heavy"]
 
@@ -108,6 +109,39 @@ def tile_for(
         return _EDITED[min(n for n in _EDITED if sums <= n)][limit]
     rows = _HALF[max((c for c in _HALF if c <= capability), default=min(_HALF))]
     return rows[limit][_weight(spec)]
+
+
+_HALF_BACKWARD: dict[bool, dict[int, BackwardTiles]] = {
+    False: {
+        64: BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+        128: BackwardTiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+        256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    True: {
+        64: BackwardTiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        128: BackwardTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: BackwardTiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+}
+"""Whether formulas are heavy -> largest head dim -> tiles of the kernels for gradients, for float16
+and bfloat16."""
+_FULL_BACKWARD: dict[int, BackwardTiles] = {
+    64: BackwardTiles(Tile(32, 16, 4, 1), Tile(16, 32, 8, 1)),
+    128: BackwardTiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    256: BackwardTiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+"""The same for float32."""
+
+
+def backward_tiles_for(
+    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: Dtype
+) -> BackwardTiles:
+    """The tiles of the kernels for gradients; see `tile_for`."""
+    limit = min(x for x in _FULL if max(head_dim, value_dim) <= x)
+    if dtype == "float32":
+        return _FULL_BACKWARD[limit]
+    heavy = spec.edit is not None or _weight(spec) == "heavy"
+    return _HALF_BACKWARD[heavy][limit]
 
 
 def _weight(spec: SoftmaxSpec) -> _Weight:

@@ -6,7 +6,7 @@ order of preference that takes it wins, and the refusals are kept for the report
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -36,6 +36,7 @@ __all__ = [
     "Backward",
     "Choice",
     "Forward",
+    "Gradients",
     "Lowering",
     "Shapes",
     "at_lengths",
@@ -77,6 +78,19 @@ then each of the tensors; None where not wanted."""
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """Gradients that an implementation has of its own, from what its forward keeps."""
+
+    refusal: Callable[..., str | None]
+    """`refusal(spec, shapes, wanted)`: None if it takes the spec, else the reason in one clause;
+    `wanted` are the tensors of the spec that want a gradient."""
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """Like `Forward`, and gives the log-sum-exp of each row, `[B, Hq, L]` in float32, too."""
+    backward: Callable[..., list[Tensor | None]]
+    """`backward(spec, grad, out, lse, q, k, v, tensors, sizes, wanted)`, as `Backward`."""
+
+
+@dataclass(frozen=True)
 class Lowering:
     """One implementation, of one family or of several."""
 
@@ -90,6 +104,8 @@ class Lowering:
     """`forward` with a `Beside` as the last argument, for calls that go on from a KV cache."""
     families: tuple[str, ...] = ("softmax",)
     """What it computes, by `families_of`; for others it is not even asked."""
+    gradients: Gradients | None = None
+    """What gives its gradients, for specs without a factor of the heads; else `backward_of`."""
 
 
 # --- the table and the choice ---------------------------------------------------------------------
@@ -143,12 +159,31 @@ def _triton_cached(spec: Spec, *args: Any) -> Tensor:
     return _triton_forward(spec, *args)
 
 
+def _triton_refusal(spec: Spec, shapes: Shapes, wanted: Sequence[bool]) -> str | None:
+    if families_of(spec)[0] != "softmax":
+        return "only softmax attention has kernels for its gradients"
+    from rewriter.kernels import triton_backward
+
+    return triton_backward.refusal(cast(SoftmaxSpec, spec), shapes, wanted)
+
+
+def _triton_with_lse(spec: Spec, *args: Any) -> tuple[Tensor, Tensor]:
+    return cast("tuple[Tensor, Tensor]", _triton(spec).forward_with_lse(spec, *args))
+
+
+def _triton_backward(spec: Spec, *args: Any) -> list[Tensor | None]:
+    from rewriter.kernels import triton_backward
+
+    return triton_backward.backward(cast(SoftmaxSpec, spec), *args)
+
+
 TRITON = Lowering(
     "triton",
     _of("softmax", "routed", "linear", supports=_triton_supports),
     _triton_forward,
     cached=_triton_cached,
     families=("softmax", "routed", "linear"),
+    gradients=Gradients(_triton_refusal, _triton_with_lse, _triton_backward),
 )
 SDPA = Lowering("torch.sdpa", _of("softmax", supports=sdpa_supports), sdpa_forward, records=True)
 COMPACT = Lowering(

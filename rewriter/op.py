@@ -19,7 +19,7 @@ from rewriter.beside import beside
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.families import from_json
 from rewriter.kernels.torch_blocked import blocked
-from rewriter.lowering import Choice, Shapes, backward_of, choose
+from rewriter.lowering import Choice, Gradients, Shapes, backward_of, choose
 from rewriter.reference import finished
 from rewriter.spec import SoftmaxSpec, Spec
 
@@ -68,10 +68,16 @@ _LIBRARY.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] tensors,"
     " SymInt[] sizes, str spec, Tensor? seed, bool[] wanted) -> Tensor[]"
 )
+_LIBRARY.define(f"attention_with_lse({_INPUTS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "attention_with_lse_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,"
+    " Tensor[] tensors, SymInt[] sizes, str spec, str target, bool[] wanted) -> Tensor[]"
+)
 """`full` and `past` of `attention` are the keys and values as they go into the KV cache and as they
 came out of it; with the name of the site they find what `rewriter.beside` keeps.
 `attention_seeded` is what is recorded: the backward draws the same dropout from `seed`.
-`attention_backward` gives the wanted gradients of q, k, v and the tensors, in this order."""
+`attention_backward` gives the wanted gradients of q, k, v and the tensors, in this order. The two
+with the log-sum-exp are those of a target that has gradients of its own."""
 
 
 def _check(
@@ -106,11 +112,22 @@ def _chosen_for(
     grad: bool,
 ) -> Choice:
     """`choose`, on what a call has at hand: a call happens once a layer a token."""
+    shapes = _shapes_of(device, dtype, q_shape, v_shape, sizes, grad)
+    return choose(from_json(spec_json), shapes, target)
+
+
+def _shapes_of(
+    device: str,
+    dtype: torch.dtype,
+    q_shape: torch.Size,
+    v_shape: torch.Size,
+    sizes: tuple[int, ...],
+    grad: bool,
+) -> Shapes:
     batch, heads, q_len, head_dim = q_shape
     _, kv_heads, kv_len, value_dim = v_shape
     dims = (batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim)
-    shapes = Shapes(device, dtype, *dims, grad, sizes)
-    return choose(from_json(spec_json), shapes, target)
+    return Shapes(device, dtype, *dims, grad, sizes)
 
 
 def _choose_for(
@@ -262,6 +279,61 @@ def _fake_backward(
     return [x.new_empty(x.shape) for x, want in zip(inputs, wanted, strict=True) if want]
 
 
+def _with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    target: str,
+) -> tuple[Tensor, Tensor]:
+    with _without_autocast(q.device.type):
+        choice = _choose_for(q, k, v, sizes, from_json(spec), target)
+        own = cast(Gradients, choice.lowering.gradients)
+        return own.forward(choice.spec, q, k, v, tensors, sizes)
+
+
+def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake(q, k, v, *rest), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _with_lse_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    target: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    with _without_autocast(q.device.type):
+        choice = _choose_for(q, k, v, sizes, from_json(spec), target)
+        own = cast(Gradients, choice.lowering.gradients)
+        found = own.backward(choice.spec, grad, out, lse, q, k, v, tensors, sizes, list(wanted))
+    return [g for g in found if g is not None]
+
+
+def _fake_with_lse_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: str,
+    target: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return _fake_backward(grad, q, k, v, tensors, sizes, spec, None, wanted)
+
+
 # --- autograd -------------------------------------------------------------------------------------
 
 
@@ -294,16 +366,53 @@ class _Recomputed(torch.autograd.Function):
         q, k, v, *tensors = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[4:])
         with torch.no_grad():
-            got = iter(
-                torch.ops.rewriter.attention_backward(
-                    grad, q, k, v, tensors, ctx.sizes, ctx.spec, ctx.seed, wanted
-                )
+            got = torch.ops.rewriter.attention_backward(
+                grad, q, k, v, tensors, ctx.sizes, ctx.spec, ctx.seed, wanted
             )
-        found = [next(got) if want else None for want in wanted]
-        if torch.is_grad_enabled():
-            once = cast(Any, _NoSecondDerivative).apply
-            found = [None if g is None else once(g, grad, q, k, v, *tensors) for g in found]
-        return (None, None, None, None, *found)
+        return (None, None, None, None, *_once(got, wanted, grad, q, k, v, *tensors))
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps the inputs, the output and the log-sum-exp, for a target with gradients of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sizes: Sequence[int],
+        spec: str,
+        target: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            args = (q, k, v, tensors, sizes, spec, target)
+            out, lse = torch.ops.rewriter.attention_with_lse(*args)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.sizes, ctx.spec, ctx.target = sizes, spec, target
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[3:])
+        rest = (tensors, ctx.sizes, ctx.spec, ctx.target, wanted)
+        with torch.no_grad():
+            got = torch.ops.rewriter.attention_with_lse_backward(grad, out, lse, q, k, v, *rest)
+        return (None, None, None, *_once(got, wanted, grad, q, k, v, *tensors))
+
+
+def _once(got: Sequence[Tensor], wanted: Sequence[bool], *sources: Tensor) -> list[Tensor | None]:
+    """The wanted gradients, each in its place; where gradients of gradients are recorded, such that
+    asking for one is an error."""
+    left = iter(got)
+    found = [next(left) if want else None for want in wanted]
+    if torch.is_grad_enabled():
+        once = cast(Any, _NoSecondDerivative).apply
+        found = [None if g is None else once(g, *sources) for g in found]
+    return found
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -367,16 +476,57 @@ def _recorded(
         if choice.lowering.records:
             with _without_autocast(q.device.type):
                 return choice.lowering.forward(spec, q, k, v, tensors, sizes)
+        if _has_gradients(choice, q, k, v, tensors, sizes):
+            return _recorded_with_lse(choice.spec, q, k, v, tensors, sizes, target)
     drops = isinstance(spec, SoftmaxSpec) and spec.dropout
     seed = torch.randint(2**62, ()) if drops else None
     record = cast(Any, _Recomputed).apply
     return cast(Tensor, record(sizes, spec.to_json(), target, seed, q, k, v, *tensors))
 
 
+def _has_gradients(
+    choice: Choice,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> bool:
+    """The lowering gives the gradients of this call itself."""
+    own, spec = choice.lowering.gradients, choice.spec
+    if own is None:
+        return False
+    shapes = _shapes_of(q.device.type, q.dtype, q.shape, v.shape, tuple(sizes), True)
+    return own.refusal(spec, shapes, [x.requires_grad for x in tensors]) is None
+
+
+def _recorded_with_lse(
+    spec: Spec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    target: str,
+) -> Tensor:
+    """The factor of the heads multiplies what the kernel gives: its gradient needs that."""
+    plain = cast(Spec, replace(cast(Any, spec), heads=Integer(1)))
+    core = cast(Spec, replace(cast(Any, plain), tensors=plain.without_unused().tensors))
+    used = [x for x, t in zip(tensors, spec.tensors, strict=True) if t in core.tensors]
+    record = cast(Any, _Kept).apply
+    out = record(sizes, core.to_json(), target, q, k, v, *used)
+    if spec.heads == 1:
+        return cast(Tensor, out)
+    with _without_autocast(q.device.type):
+        return finish(spec, core, out, v, tensors, sizes)
+
+
 for _name, _kernel, _meta in (
     ("attention", _attention, _fake),
     ("attention_seeded", _seeded, _fake),
     ("attention_backward", _backward, _fake_backward),
+    ("attention_with_lse", _with_lse, _fake_with_lse),
+    ("attention_with_lse_backward", _with_lse_backward, _fake_with_lse_backward),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rewriter::{_name}", _meta, lib=_LIBRARY)

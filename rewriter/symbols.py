@@ -173,13 +173,23 @@ class Fadd(_Plain):
     """A sum rounded to float32. Kept apart from `+` where a later cast to an integer makes rounding
     visible."""
 
+    def fdiff(self, argindex: int = 1) -> Expr:
+        return Integer(1)
+
 
 class Fmul(_Plain):
     """A product rounded to float32; see `Fadd`."""
 
+    def fdiff(self, argindex: int = 1) -> Expr:
+        return cast(Expr, self.args[2 - argindex])
+
 
 class Fdiv(_Plain):
     """A quotient rounded to float32; see `Fadd`."""
+
+    def fdiff(self, argindex: int = 1) -> Expr:
+        x, y = self.args
+        return cast(Expr, 1 / y if argindex == 1 else -x / y**2)
 
 
 def reads(formula: Formula) -> set[Read]:

@@ -127,6 +127,7 @@ SPECS: dict[str, SoftmaxSpec] = {
     "window-sinks": SoftmaxSpec(scale=SCALE, mask=CAUSAL & ((q + M - L - k < 24) | (k < 4))),
     "two-sided-window": SoftmaxSpec(scale=SCALE, mask=sympy.Abs(k - q) <= 9),
     "neighbours": SoftmaxSpec(scale=SCALE, mask=sympy.Abs(k - q) <= 1),
+    "two-blocks": SoftmaxSpec(scale=SCALE, mask=((q < 40) & (k < 40)) | ((q >= 40) & (k >= 40))),
     "soft-cap": SoftmaxSpec(scale=SCALE, score=5 * sympy.tanh(s / 5), mask=CAUSAL),
     "alibi": SoftmaxSpec(
         scale=SCALE,

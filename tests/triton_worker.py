@@ -183,10 +183,13 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def gradients(case: Case) -> dict[str, Any]:
-    """Errors and sizes of the gradients of the op with this target, by the name of the input."""
+    """Errors and sizes of the gradients of the op with this target, by the name of the input; and
+    why the kernels for gradients refuse, if they do."""
     from rewriter.op import attention
 
     spec, *qkv, tensors, sizes = _operands(case)
+    is_float = [x.is_floating_point() for x in tensors]
+    refused = _refusal(spec, *qkv, is_float)
     names = ["q", "k", "v", *(t.name for t in spec.tensors if "float" in t.dtype)]
 
     def found(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -196,12 +199,47 @@ def gradients(case: Case) -> dict[str, Any]:
         weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
         return list(torch.autograd.grad(out, leaves, weights))
 
+    own = getattr(torch, case.dtype)
     gold = found(lambda *x: reference(spec, *x), torch.float64)
-    new = found(lambda *x: attention(*x, spec, "triton"), torch.float32)
-    return {
-        name: {"error": _distance(x, z), "size": float(z.abs().max())}
-        for name, x, z in zip(names, new, gold, strict=True)
+    if own is torch.bfloat16:  # which the guard refuses here: the interpreter is mended above
+        new = _by_kernels(spec, qkv, tensors, sizes)
+    else:
+        new = found(lambda *x: attention(*x, spec, "triton"), own)
+    old = gold if own is torch.float32 else found(lambda *x: reference(spec, *x), own)
+    errors = {
+        name: {
+            "error": _distance(x, z),
+            "reference_error": _distance(y, z),
+            "size": float(z.nan_to_num().abs().max()),
+            "nans": [int(x.isnan().sum()), int(z.isnan().sum())],
+        }
+        for name, x, y, z in zip(names, new, old, gold, strict=True)
     }
+    return {"refused": refused, "errors": errors}
+
+
+def _by_kernels(
+    spec: SoftmaxSpec, qkv: list[Tensor], tensors: list[Tensor], sizes: list[int]
+) -> list[Tensor]:
+    from rewriter.kernels.triton_backward import backward
+    from rewriter.kernels.triton_launch import forward_with_lse
+
+    tensors = [x.to(torch.bfloat16) if x.is_floating_point() else x for x in tensors]
+    out, lse = forward_with_lse(spec, *qkv, tensors, sizes)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    wanted = [True] * 3 + [x.is_floating_point() for x in tensors]
+    got = backward(spec, grad, out, lse, *qkv, tensors, sizes, wanted)
+    return [x for x in got if x is not None]
+
+
+def _refusal(spec: SoftmaxSpec, q: Tensor, k: Tensor, v: Tensor, wanted: list[bool]) -> str | None:
+    from rewriter.kernels.triton_backward import refusal
+    from rewriter.lowering import Shapes
+
+    batch, heads, q_len, head_dim = q.shape
+    _, kv_heads, kv_len, value_dim = v.shape
+    dims = (batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim)
+    return refusal(spec, Shapes("cpu", q.dtype, *dims, grad=True), wanted)
 
 
 def _operands(case: Case) -> tuple[SoftmaxSpec, Tensor, Tensor, Tensor, list[Tensor], list[int]]:
@@ -258,8 +296,43 @@ def _distance(x: Tensor, gold: Tensor) -> float:
     return float(torch.where(same, 0.0, (x - gold).abs()).nan_to_num(torch.inf).max())
 
 
-GRADIENTS = (Case("redistribute"), Case("edit-everything", (1, 4, 2, 20, 33, 16, 16)))
-"""Cases whose gradients are compared: the output is a kernel's, the gradients are torch's."""
+_GROUPED = (2, 4, 2, 20, 33, 16, 16)
+_PAIRS = ("relative-bias", "buckets", "grid-bias", "disentangled", "opaque-bias")
+_ROWS = (
+    "alibi", "learned-sink", "row-sink", "head-scales", "normalise", "shares", "rows-of-a-head",
+    "edit-everything",
+)  # fmt: skip
+"""Specs that read what wants a gradient: at pairs of positions, and elsewhere."""
+
+GRADIENTS = (
+    # what is read at pairs is in the next tuple: it is added up by atomics
+    *(Case(n, _GROUPED) for n in SPECS if n not in (*_PAIRS, "counted-from-the-end", "rounding")),
+    # shapes
+    *(Case("causal", (1, 8, h, 65, 65, 16, 16)) for h in (1, 8)),
+    Case("causal", (1, 2, 2, 1, 40, 16, 16)),
+    Case("causal", (1, 2, 2, 65, 20, 60, 36)),
+    Case("causal", (1, 2, 1, 20, 65, 16, 16), layout="BLHD"),
+    Case("soft-cap", (2, 2, 2, 17, 17, 16, 16), layout="expanded"),
+    Case("window-sinks", (1, 2, 2, 129, 129, 16, 16)),
+    Case("two-blocks", (1, 2, 2, 100, 100, 16, 16)),
+    # halves
+    *(Case("causal", (1, 2, 2, 65, 65, 64, 64), d) for d in ("float16", "bfloat16")),
+    *(Case("remove", _GROUPED, d) for d in ("float16", "bfloat16")),
+    Case("remove-heavy", _GROUPED, "float16"),
+    Case("alibi", _GROUPED, "bfloat16"),
+    # rows that see no key
+    *(
+        Case(name, (2, 4, 2, 33, 33, 16, 16), hidden=hidden, masked=m)
+        for name, hidden in (("padding", "all"), ("causal-padding", "left"), ("redirect", "left"))
+        for m in ("zero", "mean", "add", "nan")
+    ),
+    Case("learned-sink", (1, 2, 2, 40, 20, 16, 16), masked="mean"),
+    *(Case(name, (1, 2, 2, 40, 20, 16, 16)) for name in ("remove", "four-sums", "shares")),
+)
+"""Cases whose gradients are compared with those of the reference in float64."""
+
+PAIRED = tuple(Case(n, (1, 4, 2, 20, 33, 16, 16)) for n in _PAIRS)
+"""The same for gradients that are added up in no fixed order, which torch must allow."""
 
 
 # --- resources ------------------------------------------------------------------------------------
@@ -322,6 +395,60 @@ def build(case: Build) -> dict[str, Any]:
     return vars(compile_function(codegen(kernel), KERNEL, dtypes, case.capability))
 
 
+@dataclass(frozen=True)
+class GradientsBuild:
+    """The kernels for the gradients of one call, with gradients of all that is read, for one
+    GPU."""
+
+    spec: str
+    dim: int
+    capability: int
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.spec, f"D{self.dim}", f"sm{self.capability}", self.dtype])
+
+
+GRADIENTS_BUILDS = (
+    *(
+        GradientsBuild(spec, dim, cap)
+        for cap in (80, 90)
+        for dim, specs in ((64, ("soft-cap", "edit-everything", "grid-bias")), (128, ("causal",)))
+        for spec in specs
+    ),
+    *(GradientsBuild("edit-everything", dim, 80) for dim in (128, 256)),
+    *(GradientsBuild("grid-bias", dim, 90) for dim in (128, 256)),
+    GradientsBuild("causal", 256, 90),
+    GradientsBuild("edit-everything", 64, 90, "float16"),
+    *(GradientsBuild("causal", dim, 80, "float32") for dim in (64, 128)),
+    # lines that only the interpreter takes would be found here
+    *(GradientsBuild(spec, 64, 90) for spec in ("relative-bias", "head-scales", "all-masks")),
+)
+
+
+def build_gradients(case: GradientsBuild) -> dict[str, Any]:
+    """What each of the kernels takes."""
+    from rewriter.kernels.triton_backward_code import BackwardSpec, backward_source
+    from rewriter.kernels.triton_source import compile_function
+    from rewriter.kernels.triton_tiles import backward_tiles_for
+
+    spec: SoftmaxSpec = (SPECS | MERGED)[case.spec]
+    dtype: Any = case.dtype
+    wanted = frozenset(t.name for t in spec.tensors if "float" in t.dtype)
+    tiles = backward_tiles_for(spec, case.dim, case.dim, dtype)
+    kernel = BackwardSpec(spec, case.dim, case.dim, dtype, tiles, wanted)
+    source = backward_source(kernel)
+    dtypes = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), dtype)
+    rows = ("lse", "delta", "masses", "totals", "factors", "offsets")
+    dtypes |= dict.fromkeys((*rows, *(f"g:{n}" for n in range(16))), "float32")
+    dtypes |= {f"t:{t.name}": t.dtype for t in kernel.lowered[0].tensors}
+    return {
+        f.name: vars(compile_function(source, f.name, dtypes, case.capability))
+        for f in source.functions
+    }
+
+
 # --- both -----------------------------------------------------------------------------------------
 
 
@@ -349,6 +476,14 @@ def collect(mode: str, folder: Path, script: str = __file__) -> dict[str, Any]:
     return result
 
 
+def _in_any_order(case: Case) -> dict[str, Any]:
+    torch.use_deterministic_algorithms(False)
+    try:
+        return gradients(case)
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
 def _attempt(function: Callable[[Any], dict[str, Any]], case: Any) -> dict[str, Any]:
     try:
         return function(case)
@@ -365,15 +500,20 @@ def main(mode: str) -> None:
         multiply_bfloat16()
         patch_core_once()
     work: list[tuple[Callable[[Any], dict[str, Any]], Any]] = (
-        [*((run, c) for c in CASES), *((gradients, c) for c in GRADIENTS)]
+        [
+            *((run, c) for c in CASES),
+            *((gradients, c) for c in GRADIENTS),
+            *((_in_any_order, c) for c in PAIRED),
+        ]
         if mode == "interpret"
-        else [(build, c) for c in BUILDS]
+        else [*((build, c) for c in BUILDS), *((build_gradients, c) for c in GRADIENTS_BUILDS)]
     )
     print(json.dumps({_key(f, c): _attempt(f, c) for f, c in work}))
 
 
 def _key(function: Callable[..., Any], case: Any) -> str:
-    return f"gradients-{case.name}" if function is gradients else str(case.name)
+    own = function in (gradients, _in_any_order, build_gradients)
+    return f"gradients-{case.name}" if own else str(case.name)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from rewriter.errors import LoweringError
 from rewriter.kernels.triton_source import Source, compile_function
 from triton_specs import MERGED
-from triton_worker import BUILDS, Build, collect
+from triton_worker import BUILDS, GRADIENTS_BUILDS, Build, GradientsBuild, collect
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("triton-aot")]
 
@@ -30,6 +30,19 @@ def test_the_kernel_fits_and_does_not_spill(build: Build, results: dict[str, Any
     assert result["stack_bytes"] == 0 or build.spec in MERGED  # which no model has
     assert 16 <= result["registers"] <= 255
     assert result["shared_bytes"] <= SHARED_BYTES[build.capability]
+
+
+@pytest.mark.parametrize("build", GRADIENTS_BUILDS, ids=lambda b: b.name)
+def test_the_kernels_for_gradients_fit_and_do_not_spill(
+    build: GradientsBuild, results: dict[str, Any]
+) -> None:
+    result = results[f"gradients-{build.name}"]
+    assert "failed" not in result, result["failed"]
+    assert len(result) >= 2
+    for found in result.values():
+        assert found["stack_bytes"] == 0 or build.spec in MERGED  # which no model has
+        assert 16 <= found["registers"] <= 255
+        assert found["shared_bytes"] <= SHARED_BYTES[build.capability]
 
 
 def test_a_process_that_interprets_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from rewriter import symbols as sym
 from rewriter.errors import LoweringError
 from rewriter.evaluate import evaluate
 from rewriter.families import from_json
+from rewriter.kernels.triton_backward_code import BackwardSpec, BackwardTiles, backward_source
 from rewriter.kernels.triton_code import Printer
 from rewriter.kernels.triton_codegen import KernelSpec, Tile, codegen
-from rewriter.kernels.triton_ranges import BEHIND, FIRST, key_ranges
+from rewriter.kernels.triton_ranges import BEHIND, FIRST, key_ranges, query_ranges
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.reference import mask_of
 from rewriter.spec import SoftmaxSpec, TensorArg
@@ -36,6 +38,11 @@ TILE = Tile(64, 32, 4, 2)
 
 def kernel_of(spec: SoftmaxSpec, head_dim: int = 64, lse: bool = False) -> KernelSpec:
     return KernelSpec(spec, head_dim, 64, "bfloat16", TILE, lse)
+
+
+def gradients_of(spec: SoftmaxSpec, *wanted: str) -> BackwardSpec:
+    tiles = BackwardTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))
+    return BackwardSpec(spec, 64, 60, "bfloat16", tiles, frozenset(wanted))
 
 
 def pad() -> TensorArg:
@@ -66,6 +73,61 @@ def test_the_source_is_that_of_the_golden_file(name: str) -> None:
     if os.environ.get("REWRITER_UPDATE_GOLDEN") == "1":
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+BACKWARD = {
+    "plain": gradients_of(SPECS["plain"]),
+    "window-sinks": gradients_of(SPECS["window-sinks"]),
+    "relative-bias": gradients_of(SPECS["relative-bias"], "table"),
+    "edit": gradients_of(SPECS["shares"], "share"),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_the_gradients_are_those_of_the_golden_file(name: str) -> None:
+    path = GOLDEN / f"softmax_bwd_{name.replace('-', '_')}.py"
+    text = backward_source(BACKWARD[name]).text
+    if os.environ.get("REWRITER_UPDATE_GOLDEN") == "1":
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_a_plain_spec_gives_plain_gradients() -> None:
+    text = backward_source(BACKWARD["plain"]).text
+    for absent in ("b_s", "b_x", "group", "factors", " t_", "size_", "atomic", "rows_kernel", "g0"):
+        assert absent not in text
+    assert text.count("tl.dot") == 7  # three and four
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_file_of_gradients_is_python(name: str) -> None:
+    wanted = [t.name for t in SPECS[name].tensors if "float" in t.dtype]
+    source = backward_source(gradients_of(SPECS[name], *wanted))
+    functions = [n for n in ast.parse(source.text).body if isinstance(n, ast.FunctionDef)]
+    for mine in source.functions:
+        function = next(f for f in functions if f.name == mine.name)
+        names = [a.arg for a in function.args.args]
+        assert names[: len(mine.arguments)] == [a.name for a in mine.arguments]
+        assert len(set(names)) == len(names)
+        lines = [n for line in function.body for n in ast.walk(line)]
+        nodes = [n for n in lines if isinstance(n, ast.Name)]
+        stored = {n.id for n in nodes if _is_stored(n)}
+        assert not stored & set(names), "an argument is overwritten"
+        unknown = {n.id for n in nodes} - stored - set(names) - {"tl", "range", "float"}
+        assert unknown <= {"LOG2E", "tanh", "floor_div", "floor_mod"}
+
+
+def test_tensors_may_be_called_like_what_the_gradients_use_themselves() -> None:
+    names = ("q", "do", "dz", "delta", "lse", "factors", "g0", "a0", "u1", "row", "d", "e", "x")
+    score = s + sum(Read(Symbol(n), b, k) + Read(Symbol(n), b, q) for n in names)
+    spec = SoftmaxSpec(score=score, tensors=tuple(TensorArg(n, "float32", 2) for n in names))
+    for kernel in backward_source(gradients_of(spec, *names)).text.split("@triton.jit")[1:]:
+        lines = [x for x in kernel.splitlines() if " = tl.load(" in x]
+        targets = [x.split(" = ")[0].strip() for x in lines]
+        assert len(targets) == len(set(targets))
+
+
+# --- all kernels ----------------------------------------------------------------------------------
 
 
 def test_a_plain_spec_gives_a_plain_kernel() -> None:
@@ -221,31 +283,71 @@ MASKS = {
     "negated-and": ~((k > q) & (k > 5)),
     "head": (k <= q) | (h > 0),
     "steep": k <= 2 * q - 5,
+    "two-blocks": ((q < 9) & (k < 9)) | ((q >= 9) & (k >= 9)),
+    "blocks": ((q < 9) & (k < 9))
+    | ((q >= 9) & (k >= 9) & (q < 20) & (k < 20))
+    | (q > 25) & (k > 25),
+    "last-queries": (q >= L - 4) & (k <= q),
     "nothing": sympy.false,
     "all": sympy.true,
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize(("q_len", "kv_len"), [(37, 37), (5, 40), (40, 21)])
-def test_no_allowed_pair_is_passed_over(name: str, q_len: int, kv_len: int) -> None:
-    sizes = {"L": q_len, "M": kv_len, "offset": 4}
+LENGTHS = [(37, 37), (5, 40), (40, 21)]
+
+
+def _tiles(
+    name: str, q_len: int, kv_len: int, of: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tile of 8 queries, or of 8 keys: what it sees, and what its loop visits."""
     spec = SoftmaxSpec(mask=MASKS[name], sizes=("offset",))
     mask = mask_of(spec, q_len=q_len, kv_len=kv_len, sizes=[4])
-    for first in range(0, q_len, 8):
+    mask = mask.reshape(-1, q_len, kv_len).any(0)
+    ranges, mask = (
+        (key_ranges(spec.mask), mask) if of == "queries" else (query_ranges(spec.mask), mask.mT)
+    )
+    for first in range(0, mask.shape[0], 8):
         rows = mask[first : first + 8]
-        visited = torch.zeros(kv_len, dtype=torch.bool)
-        for keys in key_ranges(spec.mask):
-            at = {
-                FIRST: first,
-                BEHIND: first + 8,
-                **{sym.size_symbol(n): x for n, x in sizes.items()},
-            }
-            at |= {L: q_len, M: kv_len}
-            low = max([0, *(int(x.xreplace(_numbers(at))) for x in keys.low)])
-            high = min([kv_len, *(int(x.xreplace(_numbers(at))) for x in keys.high)])
+        visited = torch.zeros(mask.shape[1], dtype=torch.bool)
+        at = {FIRST: first, BEHIND: first + 8, sym.size_symbol("offset"): 4, L: q_len, M: kv_len}
+        for found in ranges:
+            low = max([0, *(int(x.xreplace(_numbers(at))) for x in found.low)])
+            high = min([len(visited), *(int(x.xreplace(_numbers(at))) for x in found.high)])
             visited[low : max(low, high)] = True
+        yield rows, visited
+
+
+@pytest.mark.parametrize("of", ["queries", "keys"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
+def test_no_allowed_pair_is_passed_over(name: str, q_len: int, kv_len: int, of: str) -> None:
+    for rows, visited in _tiles(name, q_len, kv_len, of):
         assert not (rows.any(0) & ~visited).any()
+
+
+ONE_RUN = (
+    "causal", "offset", "size", "window", "two-sided", "future", "diagonal", "anti-diagonal",
+    "anti-diagonal-from-below", "two-blocks", "last-queries", "negated", "nothing", "all",
+)  # fmt: skip
+"""Masks that bounds describe in full; what a tile sees is one run of keys, or nearly."""
+
+
+@pytest.mark.parametrize("of", ["queries", "keys"])
+@pytest.mark.parametrize("name", ONE_RUN)
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
+def test_no_tile_without_an_allowed_pair_is_visited(
+    name: str, q_len: int, kv_len: int, of: str
+) -> None:
+    for rows, visited in _tiles(name, q_len, kv_len, of):
+        seen = rows.any(0).nonzero()
+        if len(rows) < 8:
+            continue  # the bounds count the rows that are missing
+        if not len(seen):
+            assert not visited.any()
+            continue
+        first, last = int(seen[0]) // 8 * 8, -(-int(seen[-1] + 1) // 8) * 8
+        assert not visited[:first].any()
+        assert not visited[last:].any()
 
 
 def _numbers(at: dict[Symbol, int]) -> dict[Symbol, sympy.Integer]:
