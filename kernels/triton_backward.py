@@ -22,7 +22,7 @@ from rewriter.kernels.triton_code import is_number
 from rewriter.kernels.triton_derivatives import read_gradients
 from rewriter.kernels.triton_launch import DTYPES
 from rewriter.kernels.triton_skeleton import is_small
-from rewriter.kernels.triton_source import launch
+from rewriter.kernels.triton_source import Source, launch
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.kernels.triton_tiles import backward_tiles_for
 from rewriter.spec import SoftmaxSpec
@@ -31,7 +31,7 @@ from rewriter.symbols import Formula
 if TYPE_CHECKING:
     from rewriter.lowering import Shapes
 
-__all__ = ["backward", "refusal"]
+__all__ = ["backward", "refusal", "source_of"]
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -80,6 +80,13 @@ def _backward_spec(
     name = DTYPES[dtype]
     tiles = backward_tiles_for(tabulate(spec)[0], head_dim, value_dim, name)
     return BackwardSpec(spec, head_dim, value_dim, name, tiles, wanted)
+
+
+def source_of(
+    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: torch.dtype, wanted: Sequence[str]
+) -> Source:
+    """The file that a call runs, given the names of the tensors that want a gradient."""
+    return backward_source(_backward_spec(spec, head_dim, value_dim, dtype, frozenset(wanted)))
 
 
 # --- the call -------------------------------------------------------------------------------------

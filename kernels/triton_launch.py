@@ -17,7 +17,7 @@ from torch import Tensor
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels.triton_codegen import KERNEL, Dtype, KernelSpec, codegen
-from rewriter.kernels.triton_source import launch
+from rewriter.kernels.triton_source import Source, launch
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.kernels.triton_tiles import tile_for
 from rewriter.spec import SoftmaxSpec
@@ -36,6 +36,7 @@ __all__ = [
     "forward",
     "forward_with_lse",
     "shape_reason",
+    "source_of",
     "supports",
 ]
 
@@ -131,6 +132,13 @@ def capability_of(device: str) -> int:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def source_of(
+    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: int
+) -> Source:
+    """The file that a long call runs."""
+    return codegen(_kernel_spec(spec, head_dim, value_dim, dtype, 1024, capability, False))
 
 
 # --- the call -------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from rewriter.kernels.triton_linear_code import linear_source
 from rewriter.kernels.triton_linear_kernel import LinearKernel, LinearTile, refusal
 from rewriter.kernels.triton_linear_state import SCAN
 from rewriter.kernels.triton_lines import padded
-from rewriter.kernels.triton_source import launch
+from rewriter.kernels.triton_source import Source, launch
 from rewriter.linear import EPS_RMS, EPS_SUM, Features, LinearSpec
 from rewriter.reference_linear import features
 from rewriter.spec import Spec
@@ -86,6 +86,13 @@ def _spec_reason(spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.d
     except LoweringError as error:
         return str(error)
     return None
+
+
+def source_of(
+    spec: LinearSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: int
+) -> Source:
+    """The file that a call runs."""
+    return linear_source(_kernel(spec, head_dim, value_dim, dtype, capability))
 
 
 @lru_cache(maxsize=4096)

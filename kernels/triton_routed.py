@@ -44,7 +44,7 @@ from rewriter.kernels.triton_launch import (
 )
 from rewriter.kernels.triton_lines import padded
 from rewriter.kernels.triton_routed_code import KERNEL, RoutedKernel, block_of, routed_source
-from rewriter.kernels.triton_source import launch
+from rewriter.kernels.triton_source import Source, launch
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.kernels.triton_tiles import tile_for
 from rewriter.spec import SoftmaxSpec, Spec
@@ -86,6 +86,13 @@ def _spec_reason(
     except LoweringError as reason:
         return str(reason)
     return None
+
+
+def source_of(
+    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: torch.dtype, capability: int
+) -> Source:
+    """The file that a long call runs."""
+    return routed_source(_kernel(spec, head_dim, value_dim, dtype, 1024, capability))
 
 
 @lru_cache(maxsize=4096)

@@ -138,10 +138,19 @@ def inspect_command(
         bool, typer.Option("--every", help="A row for every site, those that are alike too.")
     ] = False,
     html: Html = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            "--kernel",
+            metavar="SITE",
+            help='Print the Triton kernels of one site instead: a layer, or "path=...".',
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show the attention of a model: formula, mask, cost, and what the passes would do to it."""
+    from rewriter.kernel_text import kernel_text
     from rewriter.optimize import inspect
 
     _check_page(html)
@@ -152,6 +161,10 @@ def inspect_command(
         report = inspect(model, _inputs(model, batch, length), *plan.passes, *requests)
         if html is not None:
             report.save(html)
+    if kernel is not None:
+        text = kernel_text(report, kernel)
+        print(json.dumps({"kernel": text}, ensure_ascii=False) if as_json else text, end="")
+        return
     _emit(as_json, report.to_dict(), report.table(every=every))
 
 

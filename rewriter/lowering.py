@@ -45,6 +45,7 @@ __all__ = [
     "choose",
     "explain",
     "families_of",
+    "kernel_sources",
 ]
 
 
@@ -185,6 +186,36 @@ TRITON = Lowering(
     families=("softmax", "routed", "linear"),
     gradients=Gradients(_triton_refusal, _triton_with_lse, _triton_backward),
 )
+
+
+def kernel_sources(
+    spec: Spec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    wanted: Sequence[str],
+    capability: int,
+) -> list[tuple[str, str]]:
+    """What the generated Triton files compute, and their texts.
+
+    Args:
+        wanted: names of the tensors that want a gradient.
+        capability: compute capability of the GPU times ten.
+
+    Raises:
+        LoweringError: if a formula has no kernel.
+    """
+    made = _triton(spec).source_of(spec, head_dim, value_dim, dtype, capability)
+    sources = [("forward", cast(str, made.text))]
+    if families_of(spec)[0] == "softmax":
+        from rewriter.kernels import triton_backward
+
+        plain = cast(SoftmaxSpec, replace(cast(Any, spec), heads=Integer(1)))
+        found = triton_backward.source_of(plain, head_dim, value_dim, dtype, wanted)
+        sources.append(("gradients", found.text))
+    return sources
+
+
 SDPA = Lowering("torch.sdpa", _of("softmax", supports=sdpa_supports), sdpa_forward, records=True)
 COMPACT = Lowering(
     "torch.compact",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def test_a_page_that_cannot_be_written_is_one_line(
     assert err == (
         f"rewriter: --html {tmp_path / name}: give an .html file in a directory that exists\n"
     )
+
+
+def test_inspect_prints_the_kernels_of_a_site(run: Command, decoder: Path) -> None:
+    code, out, _ = run("inspect", decoder, "--kernel", "1")
+    assert code == 0
+    ast.parse(out)
+    names = [x.name for x in ast.parse(out).body if isinstance(x, ast.FunctionDef)]
+    assert "softmax_fwd_kernel" in names
+    assert "softmax_bwd_keys_kernel" in names
+    assert "k ≤ q" in out
+
+
+def test_inspect_says_which_sites_have_a_kernel(run: Command, decoder: Path) -> None:
+    code, _, err = run("inspect", decoder, "--kernel", "path=nowhere")
+    assert code == 2
+    assert "no attention is selected by 'path=nowhere'; there are " in err
+    assert "layers.0" in err
 
 
 def test_inspect_as_json_is_the_report(run: Command, encoder: Path) -> None:

@@ -97,7 +97,8 @@ DRAWING = {
     "verify": "optimize",
     "testing": "export checkpoint giving verify",
     "examples": "errors",
-    "cli": "checkpoint datasheet examples export verify",
+    "kernel_text": "op report selectors",
+    "cli": "checkpoint datasheet examples export kernel_text verify",
     "rewriter": "checkpoint export giving verify",
     "__main__": "cli",
 }
