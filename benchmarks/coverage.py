@@ -66,7 +66,7 @@ def main() -> int:
     started = time.perf_counter()
 
     def keep(row: dict[str, Any]) -> None:
-        done[_key(row)] = row
+        done[_key(row)] = {name: value for name, value in row.items() if name != "trace"}
         problem = trouble_of(row)
         count = f"{next(numbers)}/{len(jobs)}"
         print(f"{count:>10}  {' '.join(_key(row)):60} {problem or 'fine'}", flush=True)

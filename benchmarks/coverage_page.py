@@ -110,7 +110,7 @@ def page(result: dict[str, Any]) -> str:
     """The page, in Markdown."""
     rows = result["rows"]
     parts = [_head(result), _inductor(rows), _troubles(rows), _kept(rows), _left(rows)]
-    parts += [_relatives(rows), _others(rows)]
+    parts += [_relatives(rows), _others(rows), _otherwise(rows)]
     return (
         "\n\n".join(p for p in (*parts, _table(rows), _formulas(rows), _unbuilt(rows)) if p) + "\n"
     )
@@ -237,6 +237,28 @@ def _others(rows: Sequence[Row]) -> str:
     return (
         "## Softmaxes that are no attention\n\n"
         "| what it is | models |\n| --- | --- |\n" + "\n".join(lines)
+    )
+
+
+OTHERWISE = ("equal with other weights", "compared at its", "nothing is rewritten")
+"""How the notes begin of rows that were compared in another way, or not at all."""
+
+
+def _otherwise(rows: Sequence[Row]) -> str:
+    lines = [
+        f"| {row['name']} | {row['implementation']} {row['dtype']} | {_cell(note, 300)} |"
+        for row in _measured(rows)
+        for note in row["notes"]
+        if note.startswith(OTHERWISE)
+    ]
+    if not lines:
+        return ""
+    return (
+        "## Compared in another way\n\nWhere rounding decides what a model chooses, its outputs "
+        "are as far from float64 as they are large; and an output of a few elements may by chance "
+        "be nearly exact. The first are compared site by site, the second with four other draws of "
+        "the weights.\n\n| model | | how, and what the plain comparison says |\n| --- | --- | --- |"
+        "\n" + "\n".join(lines)
     )
 
 
