@@ -58,6 +58,8 @@ def _spec_reason(
 ) -> str | None:
     if not is_small(spec.score):
         return "the score has constants so large that no logarithm of a denominator holds"
+    if spec.dropout and spec.masked in ("mean", "add") and not spec.is_unmasked:
+        return "rows without a visible key drop weights of all keys"
     if spec.masked == "add" and not spec.is_unmasked:
         reads = read_gradients(tabulate(spec)[0], wanted)
         if spec.score.diff(sym.s) != 1 or reads or spec.edit or not is_number(spec.scale):
@@ -103,6 +105,7 @@ def backward(
     tensors: Sequence[Tensor],
     sizes: Sequence[int],
     wanted: Sequence[bool],
+    seed: int | None = None,
 ) -> list[Tensor | None]:
     """Gradients of `triton_launch.forward_with_lse` for q, k, v and then each of the tensors; None
     where not wanted.
@@ -113,8 +116,12 @@ def backward(
         out: the output.
         lse: `[B, Hq, L]` in float32.
         wanted: which gradients are wanted, in the order of the result.
+        seed: of the dropout, as the forward had it.
     """
-    return _Call(spec, grad, out, lse, (q, k, v), tensors, sizes, wanted).run()
+    call = _Call(spec, grad, out, lse, (q, k, v), tensors, sizes, wanted)
+    if seed is not None:
+        call.numbers["seed"] = seed
+    return call.run()
 
 
 @dataclass
@@ -192,7 +199,7 @@ class _Call:
     def _run(self) -> None:
         lowered, tables = self.kernel.lowered
         device = self.q.device
-        used = tuple((n, x) for n, x in self.numbers.items() if n not in "LMG")
+        used = tuple((n, x) for n, x in self.numbers.items() if n not in ("L", "M", "G", "seed"))
         q_len, kv_len = self.numbers["L"], self.numbers["M"]
         filled_tables = {t.name: filled(t, q_len, kv_len, used, device) for t in tables}
         reads = read_gradients(lowered, self.kernel.wanted)

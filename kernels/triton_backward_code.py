@@ -187,6 +187,19 @@ class _Kernel:
         return [
             f"b_p = tl.exp2({z} - {self.rows('b_lse')})",
             f"b_dp = {self.dot(do, f'tl.trans({v})')}",
+            *self.dropped(),
+        ]
+
+    def dropped(self) -> list[str]:
+        """Weights that dropout takes away have no gradient."""
+        rate = self.spec.dropout
+        if not rate:
+            return []
+        self.loads.helpers.add("kept")
+        names = self.layout.names
+        return [
+            f"m_kept = kept(seed, {names['q']}, {names['k']}, i_bh, {rate!r})",
+            f"b_dp = tl.where(m_kept, b_dp * {1.0 / (1.0 - rate)!r}, 0.0)",
         ]
 
     def group(self) -> list[str]:
@@ -295,7 +308,8 @@ class _Kernel:
         """The kernel, and its lines."""
         body = self.body()  # first: printing formulas finds out what has to be handed over
         numbers = "HGLM" if self.spec.edit is None else "BHGLM"
-        args = arguments_of(self.spec, self.printed, self.loads, self.own(), numbers)
+        own = self.own() + ([Argument("seed", "size", "seed")] if self.spec.dropout else [])
+        args = arguments_of(self.spec, self.printed, self.loads, own, numbers)
         tile = self.tile
         return Function(self.name, args, tuple(self.blocks()), tile.warps, tile.stages), body
 
@@ -458,6 +472,7 @@ class _OfKeys(_Kernel):
         ]
         score, weights, edited = self.score(), self.weights(), self.edited()
         used = "b_p" if self.spec.edit is None else "(b_p * b_w)"
+        used = f"tl.where(m_kept, {used}, 0.0)" if self.spec.dropout else used
         values = self.dot_of(used, "b_do", "b_dv")
         step = [*score, *weights, *edited, values, *self.scores_gradient()]
         state, stores = [], []
@@ -492,6 +507,7 @@ class _OfKeys(_Kernel):
             *indented(heads),
             "",
             *self.times_scale("b_dk"),
+            *([f"b_dv = b_dv * {1.0 / (1.0 - rate)!r}"] if (rate := self.spec.dropout) else []),
             *self.store("dk", "i_g", "o_k", f"m_k[:, None]{self.m_d}"),
             *self.store("dv", "i_g", "o_k", f"m_k[:, None]{self.m_e}"),
         ]
@@ -536,8 +552,8 @@ def backward_source(kernel: BackwardSpec) -> Source:
         LoweringError: if a formula, or a derivative of one, has no rule in Triton.
     """
     spec = kernel.spec
-    if spec.dropout or spec.route is not None:
-        raise LoweringError("the kernels for gradients have no dropout and no routes")
+    if spec.route is not None:
+        raise LoweringError("the kernels for gradients have no routes")
     kinds: list[type[_Kernel]] = [_OfQueries, _OfKeys]
     if kernel.sums_rows:
         kinds.insert(0, _OfRows)

@@ -40,6 +40,12 @@ def tanh(x):
     far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
     return tl.where(y < 0.16, near, tl.where(x < 0.0, -far, far))
 ''',
+    "kept": '''@triton.jit
+def kept(seed, q, k, head, rate):
+    """Whether dropout keeps a weight: a number that counts from its pair alone, by Philox."""
+    bits, _, _, _ = tl.philox(seed, k, head, q, 0)
+    return tl.uint_to_uniform_float(bits) >= rate
+''',
     "floor_mod": '''@triton.jit
 def floor_mod(x, y):
     """The remainder with the sign of y; `%` has the sign of x."""

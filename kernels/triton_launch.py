@@ -33,6 +33,7 @@ __all__ = [
     "check_call",
     "check_reads",
     "device_reason",
+    "drawn",
     "forward",
     "forward_with_lse",
     "shape_reason",
@@ -94,8 +95,6 @@ def shape_reason(shapes: Shapes) -> str | None:
 def _spec_reason(
     spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> str | None:
-    if spec.dropout:
-        return "the kernels have no dropout"
     for tensor in spec.tensors:
         if tensor.dtype not in READABLE:
             return f"{tensor.name} is {tensor.dtype}, which the kernels do not read"
@@ -151,6 +150,7 @@ def forward(
     v: Tensor,
     tensors: Sequence[Tensor] = (),
     sizes: Sequence[int] = (),
+    seed: int | None = None,
 ) -> Tensor:
     """The attention that the spec describes, by a generated kernel.
 
@@ -161,6 +161,7 @@ def forward(
         v: values `[B, Hkv, M, Dv]`, dtype of q.
         tensors: what the formulas read, in the order of `spec.tensors`.
         sizes: the integers named by `spec.sizes`.
+        seed: of the dropout; drawn from torch's default generator if it is not given.
 
     Returns:
         `[B, Hq, L, Dv]` in the dtype of q, contiguous.
@@ -169,7 +170,7 @@ def forward(
         ShapeError: if the tensors do not fit the spec or each other.
     """
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
-    _launch(spec, {"q": q, "k": k, "v": v, "o": out}, tensors, sizes)
+    _launch(spec, {"q": q, "k": k, "v": v, "o": out}, tensors, sizes, seed)
     return out
 
 
@@ -180,6 +181,7 @@ def forward_with_lse(
     v: Tensor,
     tensors: Sequence[Tensor] = (),
     sizes: Sequence[int] = (),
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward`, and the natural logarithm of each row's denominator.
 
@@ -189,12 +191,16 @@ def forward_with_lse(
     """
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _launch(spec, {"q": q, "k": k, "v": v, "o": out, "lse": lse}, tensors, sizes)
+    _launch(spec, {"q": q, "k": k, "v": v, "o": out, "lse": lse}, tensors, sizes, seed)
     return out, lse
 
 
 def _launch(
-    spec: SoftmaxSpec, named: dict[str, Tensor], tensors: Sequence[Tensor], sizes: Sequence[int]
+    spec: SoftmaxSpec,
+    named: dict[str, Tensor],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    seed: int | None,
 ) -> None:
     """Fills `o` (and `lse`)."""
     q, k, v = named["q"], named["k"], named["v"]
@@ -213,8 +219,15 @@ def _launch(
     named |= {f"t:{t.name}": x for t, x in zip(spec.tensors, tensors, strict=True)}
     named |= {f"t:{t.name}": filled(t, q_len, kv_len, used, q.device) for t in tables}
     numbers["G"] = heads // kv_heads
+    if spec.dropout:
+        numbers["seed"] = drawn() if seed is None else seed
     programs = batch * heads * -(-q_len // kernel.tile.queries)
     launch(codegen(kernel), KERNEL, programs, named, numbers)
+
+
+def drawn() -> int:
+    """A seed for the dropout, from torch's default generator."""
+    return int(torch.randint(2**62, ()))
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor) -> None:

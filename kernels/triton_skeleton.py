@@ -100,7 +100,7 @@ class Skeleton:
         for name in "qkvo":
             strides = zip(range(4), "bhld", strict=True)
             args += [Argument(f"stride_{name}_{i}", "stride", name, dim) for dim, i in strides]
-        return args
+        return [*args, Argument("seed", "size", "seed")] if self.spec.dropout else args
 
     def arguments(self) -> tuple[Argument, ...]:
         """What a call hands over, once `body` has been called."""
@@ -209,10 +209,20 @@ class Skeleton:
             f"b_r = {exp}(b_m - {pivot})",
             f"b_p = {exp}(b_s - {pivot}[:, None])",
             *self.sums.weights(),
+            *self._dropped(),
             "b_m = b_n",
             *self._values(),
             *self.sums.products(),
         ]
+
+    def _dropped(self) -> list[str]:
+        """Weights that dropout takes away; the denominator has them all."""
+        if not self.spec.dropout:
+            return []
+        self.loads.helpers.add("kept")
+        kept = f"m_kept = kept(seed, o_q[:, None], o_k[None, :], i_bh, {self.spec.dropout!r})"
+        names = self.sums.weight_names
+        return [kept, *(f"{name} = tl.where(m_kept, {name}, 0.0)" for name in names)]
 
     def _values(self) -> list[str]:
         """The values of one step."""
@@ -227,6 +237,8 @@ class Skeleton:
             seen = "m_seen > 0" if self.counts_seen else 'b_m > float("-inf")'
             lines += [f"b_l = tl.where({seen}, b_l, 1.0)  # a row that sees no key gives 0"]
         lines += self.sums.end()
+        if self.spec.dropout:
+            lines.append(f"b_o = b_o * {1.0 / (1.0 - self.spec.dropout)!r}  # what dropout keeps")
         if self.spec.heads != 1:
             lines.append(f"b_o = b_o * ({self.loads.text(self.spec.heads)})")
         return [
@@ -252,8 +264,8 @@ class Skeleton:
         """Rows without a visible key, whose keys the loop may have passed over."""
         found = "m_empty = m_q & (b_m <= MIN)"
         some = "if tl.max(m_empty.to(tl.int32), 0) > 0:"
-        if isinstance(self.sums, EditedSums):
-            alike = self.sums.alike(self._values())
+        if isinstance(self.sums, EditedSums) or self.spec.dropout:
+            alike = self.sums.alike(self._values(), self._dropped())
             return [found, f"{some}  # they weigh all keys alike", *indented(alike)]
         return [
             found,

@@ -74,11 +74,19 @@ def _multiplies_weights(factor: Expr, dtype: Dtype) -> bool:
 class Sums:
     """The lines of a kernel without an edit: `b_l` and `b_o`."""
 
+    loaded: tuple[str, ...] = ()
+    """The lines that load what a group reads."""
+
     def __init__(self, ieee: str) -> None:
         """Args:
         ieee: the further argument of each product.
         """
         self.ieee = ieee
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The weights that products take, in the loop."""
+        return ["b_p"]
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +116,27 @@ class Sums:
         """The lines that make the output `b_o` of the sums."""
         return ["b_o = b_o / b_l[:, None]"]
 
+    def alike(self, load_values: Sequence[str], dropped: Sequence[str]) -> list[str]:
+        """The lines in which rows `m_empty` weigh all keys alike, whichever the loop has seen.
+
+        Args:
+            load_values: the lines that load the values.
+            dropped: those that take weights away.
+        """
+        lines = [f"{x} = tl.where(m_empty, 0.0, {x})" for x in ("b_l", *self.masses)]
+        lines += [f"{x} = tl.where(m_empty[:, None], 0.0, {x})" for x in self.names]
+        step = [
+            "o_k = i_k + tl.arange(0, BK)",
+            "m_k = o_k < M",
+            *self.loaded,
+            "b_p = tl.where(m_empty[:, None] & m_k[None, :], 1.0, 0.0)",
+            *self.weights(""),
+            *dropped,
+            *load_values,
+            *self.products(""),
+        ]
+        return [*lines, "for i_k in range(0, M, BK):", *(f"    {line}" for line in step)]
+
     def _dot(self, name: str, weights: str, rate: str) -> str:
         return f"{name} = tl.dot({weights}.to(b_v.dtype), b_v, {name}{rate}{self.ieee})"
 
@@ -135,12 +164,15 @@ class EditedSums(Sums):
         if not edit.group.has(sym.k):
             text = f"tl.zeros([1, BK], dtype=tl.int32) + ({text})"
         self.loaded = tuple(loads.each)
-        """The lines that load what the group reads."""
         self.group, self.group_lines = _named("b_group", text)
 
     @property
     def names(self) -> list[str]:
         return ["b_o"] if len(self.sums) == 1 else [f"b_o{i}" for i in range(len(self.sums))]
+
+    @property
+    def weight_names(self) -> list[str]:
+        return [f"b_p{g}" for g in sorted({g for s in self.sums for g in s.groups})]
 
     @property
     def masses(self) -> list[str]:
@@ -186,21 +218,6 @@ class EditedSums(Sums):
             terms.append(_times(name, factor))
         total = f"({' + '.join(terms)})" if len(terms) > 1 else terms[0]
         return [*lines, f"b_o = {total} / {'(b_l * RAISE)' if self.raised else 'b_l'}[:, None]"]
-
-    def alike(self, load_values: Sequence[str]) -> list[str]:
-        """The lines in which rows `m_empty` weigh all keys alike, whichever the loop has seen."""
-        lines = [f"{x} = tl.where(m_empty, 0.0, {x})" for x in ("b_l", *self.masses)]
-        lines += [f"{x} = tl.where(m_empty[:, None], 0.0, {x})" for x in self.names]
-        step = [
-            "o_k = i_k + tl.arange(0, BK)",
-            "m_k = o_k < M",
-            *self.loaded,
-            "b_p = tl.where(m_empty[:, None] & m_k[None, :], 1.0, 0.0)",
-            *self.weights(""),
-            *load_values,
-            *self.products(""),
-        ]
-        return [*lines, "for i_k in range(0, M, BK):", *(f"    {line}" for line in step)]
 
 
 def _named(name: str, text: str) -> tuple[str, list[str]]:

@@ -86,9 +86,10 @@ class Gradients:
     """`refusal(spec, shapes, wanted)`: None if it takes the spec, else the reason in one clause;
     `wanted` are the tensors of the spec that want a gradient."""
     forward: Callable[..., tuple[Tensor, Tensor]]
-    """Like `Forward`, and gives the log-sum-exp of each row, `[B, Hq, L]` in float32, too."""
+    """Like `Forward`, with the seed of the dropout as the last argument; it gives the log-sum-exp
+    of each row, `[B, Hq, L]` in float32, too."""
     backward: Callable[..., list[Tensor | None]]
-    """`backward(spec, grad, out, lse, q, k, v, tensors, sizes, wanted)`, as `Backward`."""
+    """`backward(spec, grad, out, lse, q, k, v, tensors, sizes, wanted, seed)`, as `Backward`."""
 
 
 @dataclass(frozen=True)

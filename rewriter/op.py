@@ -68,10 +68,11 @@ _LIBRARY.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] tensors,"
     " SymInt[] sizes, str spec, Tensor? seed, bool[] wanted) -> Tensor[]"
 )
-_LIBRARY.define(f"attention_with_lse({_INPUTS}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"attention_with_lse({_INPUTS}, Tensor? seed) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "attention_with_lse_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,"
-    " Tensor[] tensors, SymInt[] sizes, str spec, str target, bool[] wanted) -> Tensor[]"
+    " Tensor[] tensors, SymInt[] sizes, str spec, str target, Tensor? seed, bool[] wanted)"
+    " -> Tensor[]"
 )
 """`full` and `past` of `attention` are the keys and values as they go into the KV cache and as they
 came out of it; with the name of the site they find what `rewriter.beside` keeps.
@@ -287,11 +288,13 @@ def _with_lse(
     sizes: Sequence[int],
     spec: str,
     target: str,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    drawn = None if seed is None else int(seed)
     with _without_autocast(q.device.type):
         choice = _choose_for(q, k, v, sizes, from_json(spec), target)
         own = cast(Gradients, choice.lowering.gradients)
-        return own.forward(choice.spec, q, k, v, tensors, sizes)
+        return own.forward(choice.spec, q, k, v, tensors, sizes, drawn)
 
 
 def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -309,12 +312,15 @@ def _with_lse_backward(
     sizes: Sequence[int],
     spec: str,
     target: str,
+    seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    drawn = None if seed is None else int(seed)
     with _without_autocast(q.device.type):
         choice = _choose_for(q, k, v, sizes, from_json(spec), target)
         own = cast(Gradients, choice.lowering.gradients)
-        found = own.backward(choice.spec, grad, out, lse, q, k, v, tensors, sizes, list(wanted))
+        args = (q, k, v, tensors, sizes, list(wanted), drawn)
+        found = own.backward(choice.spec, grad, out, lse, *args)
     return [g for g in found if g is not None]
 
 
@@ -329,9 +335,10 @@ def _fake_with_lse_backward(
     sizes: Sequence[int],
     spec: str,
     target: str,
+    seed: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return _fake_backward(grad, q, k, v, tensors, sizes, spec, None, wanted)
+    return _fake_backward(grad, q, k, v, tensors, sizes, spec, seed, wanted)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -381,27 +388,28 @@ class _Kept(torch.autograd.Function):
         sizes: Sequence[int],
         spec: str,
         target: str,
+        seed: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            args = (q, k, v, tensors, sizes, spec, target)
+            args = (q, k, v, tensors, sizes, spec, target, seed)
             out, lse = torch.ops.rewriter.attention_with_lse(*args)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.sizes, ctx.spec, ctx.target = sizes, spec, target
+        ctx.sizes, ctx.spec, ctx.target, ctx.seed = sizes, spec, target, seed
         return cast(Tensor, out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[3:])
-        rest = (tensors, ctx.sizes, ctx.spec, ctx.target, wanted)
+        wanted = list(ctx.needs_input_grad[4:])
+        rest = (tensors, ctx.sizes, ctx.spec, ctx.target, ctx.seed, wanted)
         with torch.no_grad():
             got = torch.ops.rewriter.attention_with_lse_backward(grad, out, lse, q, k, v, *rest)
-        return (None, None, None, *_once(got, wanted, grad, q, k, v, *tensors))
+        return (None, None, None, None, *_once(got, wanted, grad, q, k, v, *tensors))
 
 
 def _once(got: Sequence[Tensor], wanted: Sequence[bool], *sources: Tensor) -> list[Tensor | None]:
@@ -478,10 +486,14 @@ def _recorded(
                 return choice.lowering.forward(spec, q, k, v, tensors, sizes)
         if _has_gradients(choice, q, k, v, tensors, sizes):
             return _recorded_with_lse(choice.spec, q, k, v, tensors, sizes, target)
-    drops = isinstance(spec, SoftmaxSpec) and spec.dropout
-    seed = torch.randint(2**62, ()) if drops else None
     record = cast(Any, _Recomputed).apply
-    return cast(Tensor, record(sizes, spec.to_json(), target, seed, q, k, v, *tensors))
+    return cast(Tensor, record(sizes, spec.to_json(), target, _seed_of(spec), q, k, v, *tensors))
+
+
+def _seed_of(spec: Spec) -> Tensor | None:
+    """A seed for the dropout, if there is any."""
+    drops = isinstance(spec, SoftmaxSpec) and spec.dropout
+    return torch.randint(2**62, ()) if drops else None
 
 
 def _has_gradients(
@@ -514,7 +526,7 @@ def _recorded_with_lse(
     core = cast(Spec, replace(cast(Any, plain), tensors=plain.without_unused().tensors))
     used = [x for x, t in zip(tensors, spec.tensors, strict=True) if t in core.tensors]
     record = cast(Any, _Kept).apply
-    out = record(sizes, core.to_json(), target, q, k, v, *used)
+    out = record(sizes, core.to_json(), target, _seed_of(core), q, k, v, *used)
     if spec.heads == 1:
         return cast(Tensor, out)
     with _without_autocast(q.device.type):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 from sympy import Symbol
@@ -253,6 +255,7 @@ MERGED = {
         "window-sinks", "two-sided-window", "padding", "documents", "chunks", "sizes",
         "one-head-sees-all", "row-sink",
     ),
+    "dropped": replace(SPECS["alibi"], dropout=0.1),
 }  # fmt: skip
 """What is compiled to find lines that only the interpreter takes."""
 

@@ -335,6 +335,88 @@ PAIRED = tuple(Case(n, (1, 4, 2, 20, 33, 16, 16)) for n in _PAIRS)
 """The same for gradients that are added up in no fixed order, which torch must allow."""
 
 
+# --- dropout --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DropoutCase:
+    """A spec whose weights are dropped, with as many keys as values have columns."""
+
+    spec: str
+    masked: str = "zero"
+    name = property(lambda self: f"dropout-{self.spec}-{self.masked}")
+
+
+DROPOUT = (
+    *(DropoutCase(n) for n in ("plain", "causal", "alibi", "remove", "edit-everything")),
+    DropoutCase("causal-padding", "mean"),
+    DropoutCase("redirect", "mean"),
+)
+RATE = 0.3
+
+
+def dropout(case: DropoutCase) -> dict[str, Any]:
+    """Which weights are kept, read off with values that are the unit matrix; and the errors of the
+    output and the gradients, given those."""
+    from rewriter.kernels.triton_backward import backward
+    from rewriter.kernels.triton_launch import forward, forward_with_lse
+
+    at = Case(case.spec, (2, 4, 2, 40, 16, 16, 16), masked=case.masked, hidden="left")
+    spec, q, k, v, tensors, sizes = _operands(at)
+    spec = replace(spec, dropout=RATE)
+    unit = torch.eye(16).expand(2, 2, 16, 16)
+
+    def weights(seed: int) -> Tensor:
+        return forward(spec, q, k, unit, tensors, sizes, seed)
+
+    gold = [x.double().requires_grad_() for x in (q, k, v)]
+    p = reference_weights(replace(spec, heads=sympy.Integer(1)), *gold[:2], tensors, sizes)
+    kept, seen = weights(7) != 0, p > 1e-4
+    wanted_out = (p * kept / (1 - RATE)) @ gold[2].repeat_interleave(2, 1)
+    plain = replace(spec, heads=sympy.Integer(1))
+    out, lse = forward_with_lse(plain, q, k, v, tensors, sizes, 7)
+    result: dict[str, Any] = {
+        "kept": float(kept[seen].double().mean()),
+        "same": weights(7).equal(weights(7)),
+        "other": float((weights(8) != 0)[seen].ne(kept[seen]).double().mean()),
+        "heads": float(kept[:, 0].ne(kept[:, 1])[seen[:, 0] & seen[:, 1]].double().mean()),
+        "rows": float(kept[:, :, 1:].ne(kept[:, :, :-1])[seen[:, :, 1:]].double().mean()),
+        "error": _distance(out, wanted_out.detach()),
+    }
+    if case.masked == "mean":
+        return result
+    grad = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    want = torch.autograd.grad(wanted_out, gold, grad.double())
+    rest = (tensors, sizes, [True] * 3 + [False] * len(tensors), 7)
+    got = backward(plain, grad, out, lse, q, k, v, *rest)
+    result["by the op"] = _by_the_op(plain, (q, k, v), tensors, sizes, grad)
+    return result | {"gradients": [_distance(x, y) for x, y in zip(got, want, strict=False)]}
+
+
+def _by_the_op(
+    spec: SoftmaxSpec,
+    qkv: tuple[Tensor, ...],
+    tensors: list[Tensor],
+    sizes: list[int],
+    grad: Tensor,
+) -> bool:
+    """The op draws its seed from torch's generator, and its backward draws the same."""
+    from rewriter.kernels.triton_backward import backward
+    from rewriter.kernels.triton_launch import drawn, forward_with_lse
+    from rewriter.op import attention
+
+    torch.manual_seed(3)
+    seed = drawn()
+    out, lse = forward_with_lse(spec, *qkv, tensors, sizes, seed)
+    wanted = [True] * 3 + [False] * len(tensors)
+    want = backward(spec, grad, out, lse, *qkv, tensors, sizes, wanted, seed)
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    torch.manual_seed(3)
+    mine = attention(*leaves, tensors, sizes, spec, "triton")
+    found = torch.autograd.grad(mine, leaves, grad)
+    return mine.equal(out) and all(x.equal(y) for x, y in zip(found, want, strict=False))
+
+
 # --- resources ------------------------------------------------------------------------------------
 
 
@@ -423,7 +505,7 @@ GRADIENTS_BUILDS = (
     GradientsBuild("edit-everything", 64, 90, "float16"),
     *(GradientsBuild("causal", dim, 80, "float32") for dim in (64, 128)),
     # lines that only the interpreter takes would be found here
-    *(GradientsBuild(spec, 64, 90) for spec in ("relative-bias", "head-scales", "all-masks")),
+    *(GradientsBuild(spec, 64, 90) for spec in ("relative-bias", "head-scales", *MERGED)),
 )
 
 
@@ -502,6 +584,7 @@ def main(mode: str) -> None:
     work: list[tuple[Callable[[Any], dict[str, Any]], Any]] = (
         [
             *((run, c) for c in CASES),
+            *((dropout, c) for c in DROPOUT),
             *((gradients, c) for c in GRADIENTS),
             *((_in_any_order, c) for c in PAIRED),
         ]

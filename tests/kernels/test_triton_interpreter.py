@@ -14,7 +14,7 @@ import torch
 from rewriter.kernels.triton_backward import refusal
 from rewriter.lowering import Shapes
 from triton_specs import SPECS
-from triton_worker import CASES, GRADIENTS, PAIRED, Case, collect
+from triton_worker import CASES, DROPOUT, GRADIENTS, PAIRED, RATE, Case, DropoutCase, collect
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("triton-interpreter")]
 
@@ -71,6 +71,22 @@ def test_gradients_that_are_compared_are_not_zero(results: dict[str, Any]) -> No
         if found["size"] < 1e-2 and not found["nans"][1] and case.shape[3] > 1
     ]
     assert small == []
+
+
+@pytest.mark.parametrize("case", DROPOUT, ids=lambda c: c.name)
+def test_dropout_keeps_what_the_seed_says_and_gradients_know_it(
+    case: DropoutCase, results: dict[str, Any]
+) -> None:
+    result = results[case.name]
+    assert "failed" not in result, result["failed"]
+    assert abs(result["kept"] - (1 - RATE)) < 0.04
+    assert result["same"]
+    for changed in ("other", "heads", "rows"):  # independent draws differ at 2 · 0.7 · 0.3
+        assert abs(result[changed] - 2 * RATE * (1 - RATE)) < 0.1, changed
+    assert result["error"] <= 1e-5
+    assert all(error <= 1e-5 for error in result.get("gradients", ()))
+    assert ("gradients" in result) == (case.masked == "zero")
+    assert result.get("by the op", True)
 
 
 def test_gradients_in_no_fixed_order_are_refused_where_torch_asks_for_one() -> None:

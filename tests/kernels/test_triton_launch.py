@@ -55,7 +55,6 @@ REFUSALS = [
     ),
     Refused("head dim 320 is above 256", shapes=replace(SHAPES, value_dim=320)),
     Refused("there are no keys", shapes=replace(SHAPES, kv_len=0)),
-    Refused("the kernels have no dropout", SoftmaxSpec(dropout=0.1)),
     Refused(
         "x is float64, which the kernels do not read",
         SoftmaxSpec(tensors=(TensorArg("x", "float64", 1),)),
