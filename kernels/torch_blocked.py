@@ -34,7 +34,7 @@ __all__ = ["SCORES", "Call", "Weights", "blocked"]
 SCORES = {"cpu": (2**17, 2**19, 2**19), "cuda": (2**22, 2**24, 2**26)}
 """Scores that a block aims at, where fewer rows see fewer keys and where they do not, and the most.
 
-Measured on a CPU (`benchmarks/cpu_attention.py`): small blocks waste less of a causal triangle and
+Measured on a CPU (`benchmarks/cpu.py`): small blocks waste less of a causal triangle and
 stay in the cache; each costs some 60 us of Python.
 """
 _FEWEST_ROWS, _MOST_ROWS = 64, 256

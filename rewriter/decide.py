@@ -39,7 +39,7 @@ __all__ = ["Planned", "State", "Work", "layer_count", "lifted_sites", "plan_of",
 
 FUSE_FROM_SCORES = 512 * 512
 """Scores of one head from which exact fusion pays on a CPU; measured by
-benchmarks/cpu_attention.py."""
+benchmarks/cpu.py."""
 
 
 @dataclass

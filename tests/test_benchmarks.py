@@ -31,6 +31,19 @@ def test_variants_are_measured_and_targets_without_a_measurement_are_not_met(
     assert "peak memory, MiB" in done.stdout
 
 
+def test_columns_on_a_cpu_compute_the_same_and_are_timed_in_turns(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    command = [sys.executable, str(FOLDER / "cpu.py"), "--lengths", "64", "--only", "soft cap"]
+    command += ["--budget", "0.01", "--memory", "64", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(file.read_text())
+    row, step = found["rows"]
+    assert set(row["seconds"]) == {"eager", "ours", "flex", "compiled"}  # SDPA has no soft cap
+    assert (step["q_len"], step["kv_len"]) == (1, 1024)
+    assert set(found["memory_mib"]) == {"ours", "eager"}
+    assert "causal, soft cap" in done.stdout
+
+
 def test_a_missed_target_is_said() -> None:
     from variants_targets import table_of_targets
 
