@@ -118,10 +118,10 @@ class Report:
     @property
     def headline(self) -> str:
         """What was found, in one line."""
-        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
-        found = f"{len(self.attention)} attention sites in {graphs}"
-        texts = [found, f"{len(self.rewritten)} rewritten", f"{self.opaque} opaque reads"]
-        return ", ".join([*texts, f"{len(self.relatives)} relatives"] if self.relatives else texts)
+        found = f"{_count(len(self.attention), 'attention site')} in {_count(self.graphs, 'graph')}"
+        texts = [found, f"{len(self.rewritten)} rewritten", _count(self.opaque, "opaque read")]
+        more = [_count(len(self.relatives), "relative")] if self.relatives else []
+        return ", ".join([*texts, *more])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report to `path`, whole or not at all: `.json`, or `.html`, one page with the
@@ -153,3 +153,7 @@ class Report:
 def _cost(site: Site) -> dict[str, str] | None:
     cost = cost_of(site)
     return None if cost is None else {name: str(value) for name, value in vars(cost).items()}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
