@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewriter.errors import LoweringError
 
-__all__ = ["ALIGNED", "POINTERS", "Resources", "usage_of"]
+__all__ = ["ALIGNED", "POINTERS", "Resources", "assembler_log", "usage_of"]
 
 POINTERS = {
     "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "bool": "*i1",
@@ -24,22 +25,31 @@ class Resources:
 
     registers: int
     """32-bit registers a thread."""
-    stack_bytes: int
-    """Local memory a thread: not 0 if registers spill."""
+    spilled_bytes: int
+    """What a thread stores to local memory because registers do not suffice."""
     shared_bytes: int
     """Shared memory of a program."""
 
 
-def usage_of(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of the kernel in a compiled file, read by cuobjdump."""
+@contextlib.contextmanager
+def assembler_log() -> Iterator[io.StringIO]:
+    """What ptxas says while Triton compiles inside; Triton's cache is not asked."""
     from triton import knobs
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise LoweringError(f"cuobjdump reported no usage: {text.strip()}")
-    return int(found[1]), int(found[2])
+    text = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(text):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        yield text
+
+
+def usage_of(log: str) -> tuple[int, int]:
+    """Registers of a thread and bytes that it spills, from the log of the assembler.
+
+    The stack that a finished file names is no measure: it may have some where nothing spills.
+    """
+    used = re.search(r"Used (\d+) registers", log)
+    spilled = re.search(r"(\d+) bytes spill stores", log)
+    if used is None or spilled is None:
+        raise LoweringError(f"ptxas reported no usage: {log.strip()}")
+    return int(used[1]), int(spilled[1])

@@ -20,7 +20,7 @@ from rewriter.evaluate import evaluate, tensor_of
 from rewriter.kernels.triton_backward_code import BackwardSpec, backward_source
 from rewriter.kernels.triton_code import is_number
 from rewriter.kernels.triton_derivatives import read_gradients
-from rewriter.kernels.triton_launch import DTYPES
+from rewriter.kernels.triton_launch import DTYPES, MIN_CAPABILITY, capability_of
 from rewriter.kernels.triton_skeleton import is_small
 from rewriter.kernels.triton_source import Source, launch
 from rewriter.kernels.triton_tables import filled, tabulate
@@ -65,7 +65,7 @@ def _spec_reason(
         if spec.score.diff(sym.s) != 1 or reads or spec.edit or not is_number(spec.scale):
             return "rows without a visible key see their scores, which are not plain"
     try:
-        backward_source(_backward_spec(spec, head_dim, value_dim, dtype, wanted))
+        backward_source(_backward_spec(spec, head_dim, value_dim, dtype, wanted, MIN_CAPABILITY))
     except LoweringError as reason:
         return str(reason)
     return None
@@ -78,17 +78,24 @@ def _backward_spec(
     value_dim: int,
     dtype: torch.dtype,
     wanted: frozenset[str],
+    capability: int,
 ) -> BackwardSpec:
     name = DTYPES[dtype]
-    tiles = backward_tiles_for(tabulate(spec)[0], head_dim, value_dim, name)
+    tiles = backward_tiles_for(tabulate(spec)[0], head_dim, value_dim, name, capability)
     return BackwardSpec(spec, head_dim, value_dim, name, tiles, wanted)
 
 
 def source_of(
-    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: torch.dtype, wanted: Sequence[str]
+    spec: SoftmaxSpec,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    wanted: Sequence[str],
+    capability: int,
 ) -> Source:
     """The file that a call runs, given the names of the tensors that want a gradient."""
-    return backward_source(_backward_spec(spec, head_dim, value_dim, dtype, frozenset(wanted)))
+    args = (spec, head_dim, value_dim, dtype, frozenset(wanted), capability)
+    return backward_source(_backward_spec(*args))
 
 
 # --- the call -------------------------------------------------------------------------------------
@@ -162,7 +169,8 @@ class _Call:
         self.numbers |= {"B": batch, "H": heads, "L": q_len, "M": kv_len}
         self.numbers["G"] = heads // kv_heads
         names = frozenset(t.name for t, w in zip(spec.tensors, wanted[3:], strict=True) if w)
-        self.kernel = _backward_spec(spec, head_dim, value_dim, self.q.dtype, names)
+        capability = capability_of(str(self.q.device))
+        self.kernel = _backward_spec(spec, head_dim, value_dim, self.q.dtype, names, capability)
         self.leaves = {
             t.name: x.detach().requires_grad_(t.name in names)
             for t, x in zip(spec.tensors, tensors, strict=True)

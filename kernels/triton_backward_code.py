@@ -26,7 +26,6 @@ from rewriter.kernels.triton_codegen import Dtype, Tile
 from rewriter.kernels.triton_derivatives import ReadGradient, derivative, read_gradients
 from rewriter.kernels.triton_lines import (
     LOG2E,
-    constant_lines,
     indented,
     load,
     loop_head,
@@ -40,9 +39,9 @@ from rewriter.kernels.triton_source import (
     Argument,
     Function,
     Source,
+    Written,
     arguments_of,
-    file_text,
-    function_text,
+    file_of,
 )
 from rewriter.kernels.triton_tables import Table, tabulate
 from rewriter.spec import SoftmaxSpec
@@ -311,7 +310,7 @@ class _Kernel:
         own = self.own() + ([Argument("seed", "size", "seed")] if self.spec.dropout else [])
         args = arguments_of(self.spec, self.printed, self.loads, own, numbers)
         tile = self.tile
-        return Function(self.name, args, tuple(self.blocks()), tile.warps, tile.stages), body
+        return Function(self.name, args, tuple(self.blocks()), tile.warps, tile.stages, 255), body
 
     def store(self, name: str, index: str, rows: str, mask: str) -> list[str]:
         """The lines that store a tile of gradients."""
@@ -557,21 +556,12 @@ def backward_source(kernel: BackwardSpec) -> Source:
     kinds: list[type[_Kernel]] = [_OfQueries, _OfKeys]
     if kernel.sums_rows:
         kinds.insert(0, _OfRows)
-    functions, texts, lines = [], [], []
-    helpers: set[str] = set()
+    written = []
     for kind in kinds:
         writer = kind(kernel)
         function, body = writer.function()
-        helpers |= writer.loads.helpers
-        functions.append(function)
-        lines += body
-        texts.append((function, body))
-    kernels = [
-        function_text(f, body, helpers=helpers if n == 0 else ())
-        for n, (f, body) in enumerate(texts)
-    ]
-    file = file_text(_header(kernel), constant_lines(lines), kernels)
-    return Source("softmax_bwd", file, tuple(functions))
+        written.append(Written(function, body, writer.loads.helpers))
+    return file_of("softmax_bwd", _header(kernel), written)
 
 
 def _header(kernel: BackwardSpec) -> list[str]:

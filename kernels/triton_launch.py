@@ -17,6 +17,7 @@ from torch import Tensor
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError, ShapeError
 from rewriter.kernels.triton_codegen import KERNEL, Dtype, KernelSpec, codegen
+from rewriter.kernels.triton_decode import decode
 from rewriter.kernels.triton_source import Source, launch
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.kernels.triton_tiles import tile_for
@@ -221,6 +222,8 @@ def _launch(
     numbers["G"] = heads // kv_heads
     if spec.dropout:
         numbers["seed"] = drawn() if seed is None else seed
+    if decode(kernel, named, numbers):
+        return
     programs = batch * heads * -(-q_len // kernel.tile.queries)
     launch(codegen(kernel), KERNEL, programs, named, numbers)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -15,7 +15,7 @@ from rewriter.kernels.triton_code import Printer
 from rewriter.kernels.triton_ranges import BEHIND, FIRST
 from rewriter.symbols import Formula, Read
 
-__all__ = ["KEYS", "PRODUCT", "QUERIES", "Layout", "Loads", "Place", "identifiers"]
+__all__ = ["KEYS", "PACKED", "PRODUCT", "QUERIES", "Layout", "Loads", "Place", "identifiers"]
 
 Place = Literal["tile", "row"]
 """Where a formula is evaluated: over a tile, or over the queries `[BQ]` of one."""
@@ -45,17 +45,23 @@ class Layout:
     """The index that the inner loop goes through."""
     head: bool = False
     """An outer loop goes through heads."""
+    packed: bool = False
+    """The rows of a tile are of several heads."""
 
     @property
     def names(self) -> dict[str, str]:
         """What the symbols of a tile are called."""
+        names = {"q": self.queries, "k": self.keys}
+        if self.packed:
+            return {**names, "h": "o_h[:, None]", str(FIRST): "0", str(BEHIND): "L"}
         own = "k" if self.loop == sym.q else "q"
-        ends = {str(FIRST): f"i_{own}", str(BEHIND): f"(i_{own} + B{own.upper()})"}
-        return {"q": self.queries, "k": self.keys, **ends}
+        return {**names, str(FIRST): f"i_{own}", str(BEHIND): f"(i_{own} + B{own.upper()})"}
 
 
 QUERIES = Layout("o_q[:, None]", "o_k[None, :]", (sym.q, sym.k), loop=sym.k)
 """A program has a tile of queries of one head, and goes through keys: tiles are `[BQ, BK]`."""
+PACKED = replace(QUERIES, packed=True)
+"""The same with queries of all heads that share keys."""
 KEYS = Layout("o_q[None, :]", "o_k[:, None]", (sym.k, sym.q), loop=sym.q, head=True)
 """A program has a tile of keys, and goes through heads and their queries: tiles are `[BK, BQ]`."""
 
@@ -120,7 +126,8 @@ class Loads:
     def text(self, formula: Formula, place: Place = "tile") -> str:
         """The formula as a Triton expression; the lines for its reads are added."""
         names = {**_NAMES, **self.layout.names, **self.sizes}
-        names |= {"q": "o_q"} if place == "row" else {}
+        if place == "row":
+            names |= {"q": "o_q", **({"h": "o_h"} if self.layout.packed else {})}
         load = partial(self._value, place)
         return Printer(names, self.dtypes, load, self.helpers).text(formula)
 

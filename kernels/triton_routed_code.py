@@ -13,7 +13,7 @@ from functools import lru_cache
 import sympy
 
 from rewriter.kernels.triton_codegen import KernelSpec, header_of
-from rewriter.kernels.triton_lines import load, pointer
+from rewriter.kernels.triton_lines import constant_lines, load, pointer
 from rewriter.kernels.triton_ranges import KeyRange
 from rewriter.kernels.triton_skeleton import Skeleton
 from rewriter.kernels.triton_source import Argument, Function, Source, file_text, function_text
@@ -60,7 +60,7 @@ def routed_source(kernel: RoutedKernel) -> Source:
     function = Function(KERNEL, skeleton.arguments(), blocks, tile.warps, tile.stages)
     text = function_text(function, body, helpers=skeleton.loads.helpers)
     header = [*header_of(kernel.base), *skeleton.header()]
-    return Source("routed_fwd", file_text(header, skeleton.constants(body), [text]), (function,))
+    return Source("routed_fwd", file_text(header, constant_lines(body), [text]), (function,))
 
 
 class _Routed(Skeleton):

@@ -17,7 +17,6 @@ from rewriter.errors import LoweringError
 from rewriter.kernels.triton_code import is_number
 from rewriter.kernels.triton_lines import (
     LOG2E,
-    constant_lines,
     indented,
     load,
     loop_head,
@@ -25,7 +24,7 @@ from rewriter.kernels.triton_lines import (
     padded,
     pointer,
 )
-from rewriter.kernels.triton_loads import Loads, identifiers
+from rewriter.kernels.triton_loads import QUERIES, Layout, Loads, identifiers
 from rewriter.kernels.triton_ranges import key_ranges
 from rewriter.kernels.triton_source import Argument, arguments_of
 from rewriter.kernels.triton_sums import EditedSums, Sums
@@ -52,6 +51,8 @@ class Skeleton:
     taken: tuple[str, ...] = ()
     """What it writes behind `b_`, `n_` or `p_` besides what every kernel does."""
 
+    layout: Layout = QUERIES
+
     def __init__(self, kernel: KernelSpec) -> None:
         self.kernel, self.spec = kernel, kernel.lowered[0]
         for name, formula in (("sink", self.spec.sink), ("head factor", self.spec.heads)):
@@ -61,7 +62,7 @@ class Skeleton:
         self.sizes = {
             n: f"n_{ident}" for n, ident in identifiers(self.spec.sizes, self.taken).items()
         }
-        self.loads = Loads(dtypes, self.sizes, self.taken)
+        self.loads = Loads(dtypes, self.sizes, self.taken, self.layout)
         self.ranges = key_ranges(self.spec.mask)
         masked = {"add": "mean"}.get(self.spec.masked, self.spec.masked)
         self.masked = "none" if self.spec.is_unmasked else masked
@@ -80,10 +81,6 @@ class Skeleton:
         )
         self.m_d = " & m_d[None, :]" if self.block_d != kernel.head_dim else ""
         self.m_e = " & m_e[None, :]" if self.block_e != kernel.value_dim else ""
-
-    def constants(self, body: list[str]) -> list[str]:
-        """Module constants that the lines of the body use."""
-        return constant_lines(body)
 
     def blocks(self) -> list[tuple[str, int]]:
         """Compile-time parameters and their values."""
@@ -241,8 +238,10 @@ class Skeleton:
             lines.append(f"b_o = b_o * {1.0 / (1.0 - self.spec.dropout)!r}  # what dropout keeps")
         if self.spec.heads != 1:
             lines.append(f"b_o = b_o * ({self.loads.text(self.spec.heads)})")
+        return [*lines, *self._store()]
+
+    def _store(self) -> list[str]:
         return [
-            *lines,
             pointer("o", "i_h", "o_e[None, :]"),
             "p_o += o_q.to(tl.int64)[:, None] * stride_o_l",
             f"tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_q[:, None]{self.m_e})",

@@ -12,16 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
-from rewriter.kernels.triton_aot import ALIGNED, POINTERS, Resources, usage_of
+from rewriter.kernels.triton_aot import ALIGNED, POINTERS, Resources, assembler_log, usage_of
 from rewriter.kernels.triton_cache import imported
 from rewriter.kernels.triton_code import HELPERS
+from rewriter.kernels.triton_lines import constant_lines
 from rewriter.kernels.triton_loads import Loads, Place, identifiers
 from rewriter.spec import Spec
 from rewriter.symbols import Formula
@@ -31,8 +32,10 @@ __all__ = [
     "Formulas",
     "Function",
     "Source",
+    "Written",
     "arguments_of",
     "compile_function",
+    "file_of",
     "file_text",
     "function_text",
     "launch",
@@ -59,6 +62,15 @@ class Function:
     constants: tuple[tuple[str, int], ...]
     warps: int
     stages: int
+    registers: int = 0
+    """What a thread may have; 0 leaves that to the assembler, which rather spills a few than keep
+    another program from the processor."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's compiler is told."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,27 @@ def file_text(header: Sequence[str], constants: Sequence[str], kernels: Sequence
     return "\n".join([f'"""{docstring}\n"""\n', "\n".join(top) + "\n\n", "\n\n".join(kernels)])
 
 
+@dataclass(frozen=True)
+class Written:
+    """A kernel of a file, with its lines and the helpers that these call."""
+
+    function: Function
+    body: Sequence[str]
+    helpers: Iterable[str]
+
+
+def file_of(stem: str, header: Sequence[str], written: Sequence[Written]) -> Source:
+    """The file of some kernels; helpers and constants stand in it once."""
+    helpers = sorted({name for w in written for name in w.helpers})
+    texts = [
+        function_text(w.function, w.body, helpers=() if n else helpers)
+        for n, w in enumerate(written)
+    ]
+    constants = constant_lines(line for w in written for line in w.body)
+    text = file_text(header, constants, texts)
+    return Source(stem, text, tuple(w.function for w in written))
+
+
 # --- running --------------------------------------------------------------------------------------
 
 
@@ -188,9 +221,7 @@ def launch(
     values = [_value(a, tensors, numbers) for a in function.arguments]
     first = next(iter(tensors.values()))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        getattr(imported(source), name)[(programs,)](
-            *values, num_warps=function.warps, num_stages=function.stages, enable_fp_fusion=True
-        )
+        getattr(imported(source), name)[(programs,)](*values, **function.options)
 
 
 def _value(
@@ -246,14 +277,9 @@ def compile_function(
             aligned.append(i)
     for constant, value in function.constants:
         signature[constant], constants[constant] = "constexpr", value
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs={(i,): ALIGNED for i in aligned}),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": function.warps,
-            "num_stages": function.stages,
-            "enable_fp_fusion": True,
-        },
-    )
-    registers, stack = usage_of(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared)
+    hints = {(i,): ALIGNED for i in aligned}
+    code = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
+    target = GPUTarget("cuda", capability, 32)
+    with assembler_log() as log:
+        compiled = triton.compile(code, target=target, options=function.options)
+    return Resources(*usage_of(log.getvalue()), compiled.metadata.shared)

@@ -6,6 +6,7 @@ the table takes the rows of the newest one in it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from rewriter import symbols as sym
@@ -14,7 +15,7 @@ from rewriter.kernels.triton_codegen import Dtype, Tile
 from rewriter.kernels.triton_sums import sums_of_edit
 from rewriter.spec import SoftmaxSpec
 
-__all__ = ["backward_tiles_for", "tile_for"]
+__all__ = ["FEW", "backward_tiles_for", "tile_for"]
 
 _Weight = Literal["light", "medium", "heavy"]
 
@@ -23,7 +24,7 @@ _HALF: dict[int, dict[int, dict[_Weight, Tile]]] = {
         64: {
             "light": Tile(128, 64, 4, 2),
             "medium": Tile(64, 64, 4, 2),
-            "heavy": Tile(64, 32, 4, 2),
+            "heavy": Tile(64, 32, 8, 2),
         },
         128: {
             "light": Tile(128, 32, 8, 2),
@@ -39,6 +40,23 @@ _HALF: dict[int, dict[int, dict[_Weight, Tile]]] = {
     90: {
         64: {
             "light": Tile(128, 64, 4, 2),
+            "medium": Tile(64, 64, 4, 2),
+            "heavy": Tile(64, 32, 4, 2),
+        },
+        128: {
+            "light": Tile(128, 64, 8, 2),
+            "medium": Tile(128, 32, 8, 2),
+            "heavy": Tile(64, 32, 8, 2),
+        },
+        256: {
+            "light": Tile(64, 32, 8, 2),
+            "medium": Tile(64, 32, 8, 2),
+            "heavy": Tile(64, 32, 8, 2),
+        },
+    },
+    100: {
+        64: {
+            "light": Tile(128, 64, 8, 2),
             "medium": Tile(64, 64, 4, 2),
             "heavy": Tile(64, 32, 4, 2),
         },
@@ -71,7 +89,7 @@ _FULL: dict[int, Tile] = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2), 256: 
 _EDITED_FULL = {64: Tile(32, 16, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)}
 """For several sums of values a row, in float32."""
 
-_FEW = 16
+FEW = 16
 """Up to so many queries, as in decoding, one tile holds all of them."""
 _FEW_TILE = {
     "float32": Tile(16, 16, 4, 1),
@@ -100,7 +118,7 @@ def tile_for(
         capability: compute capability times ten, 80 for an A100, 90 for an H100.
     """
     sums = 1 if spec.edit is None else len(sums_of_edit(spec.edit, dtype))
-    if q_len <= _FEW:
+    if q_len <= FEW:
         return (_FEW_TILE if sums == 1 else _EDITED_FEW_TILE)[dtype]
     limit = min(x for x in _FULL if max(head_dim, value_dim) <= x)
     if dtype == "float32":
@@ -118,13 +136,15 @@ _HALF_BACKWARD: dict[bool, dict[int, BackwardTiles]] = {
         256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     True: {
-        64: BackwardTiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        128: BackwardTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        64: BackwardTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: BackwardTiles(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
         256: BackwardTiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
 }
 """Whether formulas are heavy -> largest head dim -> tiles of the kernels for gradients, for float16
 and bfloat16."""
+_BLACKWELL_KEYS = Tile(32, 64, 8, 1)
+"""The tile of keys for head dims of 65 to 128 and light formulas from sm_100 on."""
 _FULL_BACKWARD: dict[int, BackwardTiles] = {
     64: BackwardTiles(Tile(32, 16, 4, 1), Tile(16, 32, 8, 1)),
     128: BackwardTiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
@@ -134,14 +154,17 @@ _FULL_BACKWARD: dict[int, BackwardTiles] = {
 
 
 def backward_tiles_for(
-    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: Dtype
+    spec: SoftmaxSpec, head_dim: int, value_dim: int, dtype: Dtype, capability: int
 ) -> BackwardTiles:
     """The tiles of the kernels for gradients; see `tile_for`."""
     limit = min(x for x in _FULL if max(head_dim, value_dim) <= x)
     if dtype == "float32":
         return _FULL_BACKWARD[limit]
     heavy = spec.edit is not None or _weight(spec) == "heavy"
-    return _HALF_BACKWARD[heavy][limit]
+    tiles = _HALF_BACKWARD[heavy][limit]
+    if capability >= 100 and limit == 128 and not heavy:
+        return replace(tiles, keys=_BLACKWELL_KEYS)
+    return tiles
 
 
 def _weight(spec: SoftmaxSpec) -> _Weight:

@@ -212,7 +212,7 @@ def kernel_sources(
         from rewriter.kernels import triton_backward
 
         plain = cast(SoftmaxSpec, replace(cast(Any, spec), heads=Integer(1)))
-        found = triton_backward.source_of(plain, head_dim, value_dim, dtype, wanted)
+        found = triton_backward.source_of(plain, head_dim, value_dim, dtype, wanted, capability)
         sources.append(("gradients", found.text))
     return sources
 

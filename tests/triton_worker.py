@@ -4,7 +4,7 @@ Triton decides at its import whether it interprets or compiles, so neither fits 
 the tests.
 
     python tests/triton_worker.py interpret      numbers of every case, against the reference
-    python tests/triton_worker.py compile        registers, stack and shared memory of every kernel
+    python tests/triton_worker.py compile        registers, spills and shared memory of every kernel
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.triton_codegen import KERNEL, KernelSpec, codegen
+from rewriter.kernels.triton_decode_code import COMBINE, DECODE, DecodeSpec, decode_source
 from rewriter.kernels.triton_tiles import tile_for
 from rewriter.reference import reference, reference_weights
 from rewriter.spec import SoftmaxSpec
@@ -335,6 +336,56 @@ PAIRED = tuple(Case(n, (1, 4, 2, 20, 33, 16, 16)) for n in _PAIRS)
 """The same for gradients that are added up in no fixed order, which torch must allow."""
 
 
+# --- decoding -------------------------------------------------------------------------------------
+
+_STEP = (2, 4, 2, 2, 80, 16, 20)
+DECODES = (
+    *(Case(n, _STEP) for n in SPECS if n != "counted-from-the-end"),
+    Case("causal", (1, 8, 1, 1, 100, 16, 16)),
+    Case("causal", (2, 2, 2, 1, 65, 60, 16)),
+    Case("causal", (1, 12, 4, 5, 129, 16, 16), layout="BLHD"),
+    Case("alibi", (1, 12, 1, 3, 70, 16, 16), "float16"),
+    Case("learned-sink", (2, 4, 2, 1, 96, 64, 64), "bfloat16"),
+    *(
+        Case(name, (2, 4, 2, 2, 80, 16, 16), hidden="all", masked=m)
+        for name in ("padding", "redirect")
+        for m in ("zero", "mean", "nan")
+    ),
+    Case("opaque-bias", (1, 4, 2, 3, 80, 16, 16), bias="holes"),
+    Case("opaque-bias", (1, 4, 2, 3, 80, 16, 16), bias="holes", masked="mean"),
+)
+"""Calls with few queries, several heads to a head of keys, and runs of few keys."""
+
+
+def decode(case: Case) -> dict[str, Any]:
+    """What `run` says of the output, and which kernels ran."""
+    from rewriter.kernels import triton_decode
+    from rewriter.kernels.triton_launch import forward
+
+    spec, q, k, v, tensors, sizes = _operands(case)
+    rest = (tensors, sizes)
+    gold = reference(spec, q.double(), k.double(), v.double(), *rest)
+    ran, launch, least = [], triton_decode.launch, triton_decode._LEAST_KEYS
+
+    def launched(source: Any, name: str, *args: Any) -> None:
+        ran.append(name)
+        launch(source, name, *args)
+
+    triton_decode.launch, triton_decode._LEAST_KEYS = launched, 16
+    try:
+        out = forward(spec, q, k, v, *rest)
+    finally:
+        triton_decode.launch, triton_decode._LEAST_KEYS = launch, least
+    alone = spec.edit is not None and q.dtype is not torch.float32
+    return {
+        "ran": ran,
+        "error": _distance(out, gold),
+        "reference_error": 0.0 if alone else _distance(reference(spec, q, k, v, *rest), gold),
+        "floor": torch.finfo(q.dtype).eps * float(gold.nan_to_num().abs().max()),
+        "nans": [int(out.isnan().sum()), int(gold.isnan().sum())],
+    }
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
@@ -430,11 +481,14 @@ class Build:
     dtype: str = "bfloat16"
     q_len: int = 1024
     lse: bool = False
+    decode: bool = False
+    """The kernels of a step of decoding with four heads to a head of keys, keys in runs."""
 
     @property
     def name(self) -> str:
-        extra = ["decode"] if self.q_len == 1 else []
+        extra = ["few"] if self.q_len == 1 else []
         extra += ["lse"] if self.lse else []
+        extra += ["decode"] if self.decode else []
         return "-".join([self.spec, f"D{self.dim}", f"sm{self.capability}", self.dtype, *extra])
 
 
@@ -462,6 +516,18 @@ BUILDS = (
     Build("edit-everything", 128, 80),
     Build("shares", 64, 90),
     *(Build(name, 64, 90) for name in MERGED),
+    # decoding
+    *(Build("causal", 128, cap, q_len=1, decode=True) for cap in (80, 90)),
+    *(
+        Build("edit-everything", 128, 90, dtype, q_len=1, decode=True)
+        for dtype in ("bfloat16", "float16")
+    ),
+    *(
+        Build(name, 64, 90, q_len=1, decode=True)
+        for name in ("grid-bias", "head-scales", "opaque-bias")
+    ),
+    Build("causal", 256, 80, q_len=1, decode=True),
+    Build("causal", 64, 90, "float32", q_len=1, decode=True),
 )
 
 
@@ -474,6 +540,11 @@ def build(case: Build) -> dict[str, Any]:
     kernel = KernelSpec(spec, case.dim, case.dim, case.dtype, tile, case.lse)  # type: ignore[arg-type]
     dtypes = dict.fromkeys("qkvo", case.dtype) | {"lse": "float32"}
     dtypes |= {f"t:{t.name}": t.dtype for t in kernel.lowered[0].tensors}
+    if case.decode:
+        source = decode_source(DecodeSpec(kernel, split=True))
+        dtypes |= dict.fromkeys(("maxima", "sums", "parts"), "float32")
+        compile_function(source, COMBINE, dtypes, case.capability)
+        return vars(compile_function(source, DECODE, dtypes, case.capability))
     return vars(compile_function(codegen(kernel), KERNEL, dtypes, case.capability))
 
 
@@ -518,7 +589,7 @@ def build_gradients(case: GradientsBuild) -> dict[str, Any]:
     spec: SoftmaxSpec = (SPECS | MERGED)[case.spec]
     dtype: Any = case.dtype
     wanted = frozenset(t.name for t in spec.tensors if "float" in t.dtype)
-    tiles = backward_tiles_for(spec, case.dim, case.dim, dtype)
+    tiles = backward_tiles_for(spec, case.dim, case.dim, dtype, case.capability)
     kernel = BackwardSpec(spec, case.dim, case.dim, dtype, tiles, wanted)
     source = backward_source(kernel)
     dtypes = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), dtype)
@@ -584,6 +655,7 @@ def main(mode: str) -> None:
     work: list[tuple[Callable[[Any], dict[str, Any]], Any]] = (
         [
             *((run, c) for c in CASES),
+            *((decode, c) for c in DECODES),
             *((dropout, c) for c in DROPOUT),
             *((gradients, c) for c in GRADIENTS),
             *((_in_any_order, c) for c in PAIRED),
@@ -595,6 +667,8 @@ def main(mode: str) -> None:
 
 
 def _key(function: Callable[..., Any], case: Any) -> str:
+    if function is decode:
+        return f"decode-{case.name}"
     own = function in (gradients, _in_any_order, build_gradients)
     return f"gradients-{case.name}" if own else str(case.name)
 

@@ -17,6 +17,7 @@ import pytest
 import sympy
 import torch
 from sympy import Symbol
+from torch.nn.attention.flex_attention import create_block_mask
 
 from rewriter import symbols as sym
 from rewriter.errors import LoweringError
@@ -25,6 +26,7 @@ from rewriter.families import from_json
 from rewriter.kernels.triton_backward_code import BackwardSpec, BackwardTiles, backward_source
 from rewriter.kernels.triton_code import Printer
 from rewriter.kernels.triton_codegen import KernelSpec, Tile, codegen
+from rewriter.kernels.triton_decode_code import DecodeSpec, decode_source
 from rewriter.kernels.triton_ranges import BEHIND, FIRST, key_ranges, query_ranges
 from rewriter.kernels.triton_tables import filled, tabulate
 from rewriter.reference import mask_of
@@ -70,6 +72,21 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_the_source_is_that_of_the_golden_file(name: str) -> None:
     path, text = GOLDEN / f"softmax_fwd_{name.replace('-', '_')}.py", codegen(FILES[name]).text
+    if os.environ.get("REWRITER_UPDATE_GOLDEN") == "1":
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+DECODING = {
+    "causal-padding": DecodeSpec(kernel_of(SPECS["causal-padding"]), split=True),
+    "window": DecodeSpec(kernel_of(SPECS["two-sided-window"]), split=False),
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_the_kernels_for_few_queries_are_those_of_the_golden_file(name: str) -> None:
+    path = GOLDEN / f"softmax_decode_{name.replace('-', '_')}.py"
+    text = decode_source(DECODING[name]).text
     if os.environ.get("REWRITER_UPDATE_GOLDEN") == "1":
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
@@ -348,6 +365,20 @@ def test_no_tile_without_an_allowed_pair_is_visited(
         first, last = int(seen[0]) // 8 * 8, -(-int(seen[-1] + 1) // 8) * 8
         assert not visited[:first].any()
         assert not visited[last:].any()
+
+
+@pytest.mark.parametrize("name", [n for n in ONE_RUN if n not in ("anti-diagonal", "nothing")])
+def test_the_tiles_are_those_of_a_block_mask(name: str) -> None:
+    """FlexAttention finds them by evaluating the mask at every pair."""
+    length, tile = 64, 8
+    seen = mask_of(
+        SoftmaxSpec(mask=MASKS[name], sizes=("offset",)), q_len=length, kv_len=length, sizes=[4]
+    ).reshape(length, length)
+    blocks = create_block_mask(
+        lambda b, h, q, k: seen[q, k], 1, 1, length, length, device="cpu", BLOCK_SIZE=tile
+    ).to_dense()[0, 0]
+    for row, (_, visited) in zip(blocks, _tiles(name, length, length, "queries"), strict=True):
+        assert visited.view(-1, tile).any(1).tolist() == row.bool().tolist()
 
 
 def _numbers(at: dict[Symbol, int]) -> dict[Symbol, sympy.Integer]:

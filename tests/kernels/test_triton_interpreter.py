@@ -12,9 +12,20 @@ import pytest
 import torch
 
 from rewriter.kernels.triton_backward import refusal
+from rewriter.kernels.triton_decode import runs_of
 from rewriter.lowering import Shapes
 from triton_specs import SPECS
-from triton_worker import CASES, DROPOUT, GRADIENTS, PAIRED, RATE, Case, DropoutCase, collect
+from triton_worker import (
+    CASES,
+    DECODES,
+    DROPOUT,
+    GRADIENTS,
+    PAIRED,
+    RATE,
+    Case,
+    DropoutCase,
+    collect,
+)
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("triton-interpreter")]
 
@@ -36,6 +47,31 @@ def test_the_kernel_agrees_with_the_reference(case: Case, results: dict[str, Any
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_the_logsumexp_is_that_of_the_reference(case: Case, results: dict[str, Any]) -> None:
     assert results[case.name]["lse_error"] <= 1e-5
+
+
+IN_ONE_RUN = ("window-sinks", "two-sided-window", "neighbours", "two-blocks", "sizes")
+"""Specs with a window or what looks like one: its keys are found by their bounds."""
+
+
+@pytest.mark.parametrize("case", DECODES, ids=lambda c: c.name)
+def test_a_step_of_decoding_agrees_with_the_reference(case: Case, results: dict[str, Any]) -> None:
+    result = results[f"decode-{case.name}"]
+    assert "failed" not in result, result["failed"]
+    single = case.spec in (*IN_ONE_RUN, "edit-everything")
+    kernels = ["softmax_decode_kernel", "softmax_combine_kernel"]
+    assert result["ran"] == (kernels[:1] if single else kernels)
+    assert result["nans"][0] == result["nans"][1]
+    assert result["error"] <= 2 * result["reference_error"] + result["floor"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "kv_len", "run"),
+    [(8, 400, 448), (8, 8192, 512), (8, 131072, 4032), (264, 131072, 131072), (1000, 8192, 8192)],
+)
+def test_keys_are_split_into_as_many_runs_as_keep_the_gpu_busy(
+    programs: int, kv_len: int, run: int
+) -> None:
+    assert runs_of(programs, kv_len, 64, 132) == run
 
 
 REFUSED = {

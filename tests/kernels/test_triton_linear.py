@@ -86,7 +86,7 @@ def test_the_parts_of_many_features_leave_one_state(wide: dict[str, Any]) -> Non
 
 def test_a_part_of_many_features_fits_and_does_not_spill(tmp_path: Path) -> None:
     for name, result in run_worker("compile", tmp_path, triton_wide.__file__).items():
-        assert result["stack_bytes"] == 0, name
+        assert result["spilled_bytes"] == 0, name
         assert result["shared_bytes"] <= SHARED_BYTES[80]
 
 
@@ -111,7 +111,7 @@ def test_the_kernels_fit_and_do_not_spill(build: Build, resources: dict[str, Any
     assert "failed" not in found, found["failed"]
     assert len(found) == 3
     for name, result in found.items():
-        assert result["stack_bytes"] == 0, name
+        assert result["spilled_bytes"] == 0, name
         assert 16 <= result["registers"] <= 255
         assert result["shared_bytes"] <= SHARED_BYTES[build.capability]
 

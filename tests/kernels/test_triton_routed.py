@@ -61,7 +61,7 @@ def resources() -> dict[str, Any]:
 def test_the_kernel_fits_and_does_not_spill(build: Build, resources: dict[str, Any]) -> None:
     found = resources[build.name]
     assert "failed" not in found, found["failed"]
-    assert found["stack_bytes"] == 0
+    assert found["spilled_bytes"] == 0
     assert 16 <= found["registers"] <= 255
     assert found["shared_bytes"] <= SHARED_BYTES[build.capability]
 
